@@ -1,0 +1,329 @@
+"""
+LapFlow, Laplacian Multi-scale Flow Matching (ICLR 2026): the paper's mathematics and its network, in one file.
+
+An image is split into a Laplacian pyramid. Each scale of the pyramid has its own path from noise to data, the coarse ones
+start early and the fine ones late, and one transformer learns the velocities of all scales together.
+
+Conventions, the same in every file:
+- Time: t = 0 is noise, t = 1 is data.
+- Scales: k = 0 is the finest, K-1 the coarsest. Lists of scales are finest first, None where a scale is not active.
+- T = (T_1, ..., T_{K-1}), decreasing, with T_0 = 1 and T_K = 0. Scale k starts at T_{k+1} and ends, as data, at 1.
+- Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its images are ordered by stage and scale k holds
+  the first B_k of them, those with stage <= k, so B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
+- Shapes: B batch, C channels, H W grid, N tokens, D width.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Laplacian pyramid
+
+
+def down(x):
+    """Down: 2x2 average pooling, (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return F.avg_pool2d(x, 2)
+
+
+def up(x):
+    """Up: nearest-neighbour upsampling, (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2, mode='nearest')
+
+
+def laplacian_pyramid(x, K):
+    """Eq. (1) for any K: (B, C, H, W) -> K tensors, scale k of shape (B, C, H/2^k, W/2^k), finest first."""
+    pyramid = []
+    for _ in range(K - 1):
+        coarse = down(x)
+        pyramid.append(x - up(coarse))
+        x = coarse
+    return pyramid + [x]
+
+
+def reconstruct(pyramid):
+    """Eq. (2), the inverse of `laplacian_pyramid`: K tensors, finest first -> (B, C, H, W)."""
+    x = pyramid[-1]
+    for residual in reversed(pyramid[:-1]):
+        x = residual + up(x)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paths, velocities and the loss
+
+
+def path(t, start, kind='linear'):
+    """
+    Eq. (4a), (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start` = T_{k+1}.
+
+    t is a tensor of any shape with values in [start, 1]; kind is 'linear', 'gvp', 'quadratic' or 'cubic' (the last two
+    decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape.
+    """
+    rate = 1 / (1 - start)
+    ramp = (t - start) * rate
+    if kind == 'gvp':
+        half_pi = math.pi / 2
+        alpha, d_alpha = torch.sin(half_pi * ramp), half_pi * rate * torch.cos(half_pi * ramp)
+        return alpha, d_alpha, torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t)
+    p = {'linear': 1, 'quadratic': 2, 'cubic': 3}[kind]
+    return ramp, torch.full_like(t, rate), (1 - t) ** p, -p * (1 - t) ** (p - 1)
+
+
+def noisy_state(x1, x0, t, start, kind='linear'):
+    """Eq. (3): x_t of one scale from its data x1 and noise x0, both (B, C, H, W), at times t of shape (B,)."""
+    alpha, _, sigma, _ = path(t.view(-1, 1, 1, 1), start, kind)
+    return alpha * x1 + sigma * x0
+
+
+def velocity(x1, x0, t, start, kind='linear'):
+    """Eq. (5): the velocity u_t of one scale, the time derivative of `noisy_state`. Shapes as there."""
+    _, d_alpha, _, d_sigma = path(t.view(-1, 1, 1, 1), start, kind)
+    return d_alpha * x1 + d_sigma * x0
+
+
+def stage_times(stage, uniform, T):
+    """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,)."""
+    start = torch.tensor((*T, 0.0), device=uniform.device, dtype=uniform.dtype)[stage]
+    return start + (1 - start) * uniform
+
+
+def states_and_targets(x1, x0, t, counts, config):
+    """
+    Alg. 1, lines 5 to 8: every scale's noisy state and target velocity for a packed batch.
+
+    x1 data and x0 noise are (B, C, H, W) with their images ordered by stage, t (B,), counts = (B_0, ..., B_{K-1}).
+    Returns two lists of K tensors, scale k of shape (B_k, C, H/2^k, W/2^k).
+    """
+    x_t, u = [], []
+    pyramids = zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K))
+    for n, start, (data, noise) in zip(counts, (*config.T, 0.0), pyramids):
+        x_t.append(noisy_state(data[:n], noise[:n], t[:n], start, config.path))
+        u.append(velocity(data[:n], noise[:n], t[:n], start, config.path))
+    return x_t, u
+
+
+def multiscale_loss(v, u, weights):
+    """
+    Eq. (7) over a packed batch: the sum over scales of w_k (B_k / B) mean (v - u)^2, the share of images that Algorithm 1
+    would train scale k with. v and u are lists of K tensors. Returns the loss and the K means, finest first.
+    """
+    errors = torch.stack([F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)])
+    shares = errors.new_tensor([w * len(u_k) / len(u[-1]) for w, u_k in zip(weights, u)])
+    return (shares * errors).sum(), errors.detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network: a DiT whose blocks are mixtures of transformers, one expert per scale
+
+
+@dataclass
+class LapFlowConfig:
+    """All that is needed to rebuild and sample a model. Raises ValueError, in one sentence, for settings that cannot be."""
+    size: int = 32          # H = W of the finest grid: pixels, or latents of a VAE
+    channels: int = 4
+    patch: int = 2
+    width: int = 1024       # DiT B, L, XL: width 768, 1024, 1152; depth 12, 24, 28; heads 12, 16, 16
+    depth: int = 24
+    heads: int = 16
+    T: tuple = (0.5,)       # K = len(T) + 1 scales; () is single-scale flow matching
+    n_classes: int = 0      # 0 is unconditional
+    mask: str = 'causal'    # which scales a scale sees: 'causal' (itself and coarser), 'none' (all), 'self' (itself)
+    shared: str = ''        # which parts of a block all scales share: any of 'qkv', 'proj', 'ffn', 'mod', with commas
+    path: str = 'linear'
+
+    @property
+    def K(self):
+        return len(self.T) + 1
+
+    def __post_init__(self):
+        self.T = tuple(float(T_k) for T_k in self.T)
+        times = (1.0, *self.T, 0.0)
+        if not all(a > b for a, b in zip(times, times[1:])):
+            raise ValueError(f'T must decrease inside (0, 1), finest scale first, but it is {self.T}')
+        for name in ('size', 'channels', 'patch', 'width', 'depth', 'heads'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, but it is {getattr(self, name)}')
+        cell = 2 ** (self.K - 1) * self.patch
+        if self.size % cell:
+            raise ValueError(f'the grid of {self.size} does not divide by 2^(K-1) x patch = {cell}: '
+                             f'take fewer scales than K = {self.K} or a patch other than {self.patch}')
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f'width must divide by 4 and by heads, but it is {self.width} with {self.heads} heads')
+        if self.n_classes < 0:
+            raise ValueError(f'n_classes must be 0 (unconditional) or more, but it is {self.n_classes}')
+        for name, choices in (('mask', ('causal', 'none', 'self')), ('path', ('linear', 'gvp', 'quadratic', 'cubic'))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, but it is {getattr(self, name)!r}')
+        if not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'}:
+            raise ValueError(f"shared takes any of qkv,proj,ffn,mod, or '' for none, but it is {self.shared!r}")
+
+
+def sinusoid(x, dim):
+    """Sines and cosines of x, (N,), at dim/2 frequencies from 1 down to 1/10000 (Vaswani et al., 2017): (N, dim)."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
+    angles = x[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def position_table(n, k, D):
+    """Sine-cosine positions of the n x n tokens of scale k, (n*n, D), measured in tokens of the finest scale, so that a
+    coarse token stands at the centre of the finer ones that it covers. For k = 0 this is DiT's table."""
+    centres = (torch.arange(n) + 0.5) * 2 ** k - 0.5
+    axis = sinusoid(centres, D // 2)
+    return torch.cat([axis.repeat(n, 1), axis.repeat_interleave(n, 0)], dim=-1)
+
+
+def patchify(x, p):
+    """(B, C, H, W) -> (B, N, C*p*p) with N = (H/p)*(W/p) tokens, row by row."""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+
+
+def unpatchify(x, p):
+    """The inverse of `patchify` for a square grid: (B, N, C*p*p) -> (B, C, H, W)."""
+    B, N, features = x.shape
+    n = math.isqrt(N)
+    return x.view(B, n, n, features // p ** 2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, n * p, n * p)
+
+
+def modulate(x, shift, scale):
+    """adaLN: layer norm without affine, then scale and shift. x is (B, N, D), shift and scale (B, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def global_attention(qkv, mask):
+    """
+    Eq. (9): attention over the tokens of all active scales. qkv maps scale k to a (3, B_k, heads, N_k, d) tensor; the
+    result maps k to (B_k, N_k, D).
+
+    The block-causal mask M_c is never built: the queries of scale k attend to the joined keys of the scales >= k, and what
+    the mask would hide is not computed. mask 'none' goes through the stages, each a group of images with the same scales.
+    """
+    heads_last = lambda x: x.transpose(1, 2).flatten(2)
+    if mask != 'none':
+        out = {}
+        for k in qkv:
+            seen = [k] if mask == 'self' else [j for j in qkv if j >= k]
+            keys, values = torch.cat([qkv[j][1:, :qkv[k].shape[1]] for j in seen], dim=3)
+            out[k] = heads_last(F.scaled_dot_product_attention(qkv[k][0], keys, values))
+        return out
+    groups, first = {k: [] for k in qkv}, 0
+    for s in qkv:
+        last = qkv[s].shape[1]
+        if last > first:
+            scales = [j for j in qkv if j >= s]
+            joined = torch.cat([qkv[j][:, first:last] for j in scales], dim=3)
+            tokens = [qkv[j].shape[3] for j in scales]
+            for j, part in zip(scales, heads_last(F.scaled_dot_product_attention(*joined)).split(tokens, dim=1)):
+                groups[j].append(part)
+        first = last
+    return {k: torch.cat(parts) for k, parts in groups.items()}
+
+
+class MoTBlock(nn.Module):
+    """The multi-scale MoT block (Sec. 4.4, Figure 2): everything but the attention belongs to a scale."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.heads, self.mask = config.heads, config.mask
+
+        def experts(part, make):
+            """One module per scale, or K times the same one if `shared` names this part."""
+            return nn.ModuleList([make()] * config.K if part in config.shared.split(',') else
+                                 [make() for _ in range(config.K)])
+        self.mod = experts('mod', lambda: nn.Linear(D, 6 * D))
+        self.qkv = experts('qkv', lambda: nn.Linear(D, 3 * D))
+        self.proj = experts('proj', lambda: nn.Linear(D, D))
+        self.ffn = experts('ffn', lambda: nn.Sequential(nn.Linear(D, 4 * D), nn.GELU('tanh'), nn.Linear(4 * D, D)))
+
+    def forward(self, z, c):
+        """z maps each active scale k, finest first, to its tokens (B_k, N_k, D); c is the condition, (B, D)."""
+        qkv, post = {}, {}
+        for k in z:  # PreAttnMod and Eq. (8)
+            shift, scale, *post[k] = self.mod[k](c[:len(z[k])]).unsqueeze(1).chunk(6, dim=-1)   # each (B_k, 1, D)
+            h = self.qkv[k](modulate(z[k], shift, scale))                                       # (B_k, N_k, 3D)
+            qkv[k] = h.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (3, B_k, heads, N_k, d)
+        attention = global_attention(qkv, self.mask)
+        out = {}
+        for k in z:  # PostAttnMod
+            gate, shift, scale, ffn_gate = post[k]
+            x = z[k] + gate * self.proj[k](attention[k])
+            out[k] = x + ffn_gate * self.ffn[k](modulate(x, shift, scale))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """adaLN-Zero and the linear decoder of one scale: (B, N, D) -> (B, N, C*p*p)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mod = nn.Linear(config.width, 2 * config.width)
+        self.linear = nn.Linear(config.width, config.channels * config.patch ** 2)
+
+    def forward(self, x, c):
+        shift, scale = self.mod(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class LapFlow(nn.Module):
+    """The model V_theta (Sec. 4.4, Figure 2), initialised as DiT: residual branches and outputs start at zero."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False  # recompute activations in the backward pass: less memory, a third more compute
+        D, K, p = config.width, config.K, config.patch
+        self.t_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.y_embed = nn.Embedding(config.n_classes + 1, D) if config.n_classes else None   # the last is the null label
+        self.patch_embed = nn.ModuleList(nn.Linear(config.channels * p * p, D) for _ in range(K))
+        for k in range(K):
+            table = position_table(config.size // (p * 2 ** k), k, D)
+            self.register_buffer(f'positions_{k}', table, persistent=False)
+        self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.depth))
+        self.final = nn.ModuleList(FinalLayer(config) for _ in range(K))
+        self.apply(self._init_weights)
+        for layer in (self.t_embed[0], self.t_embed[2], self.y_embed):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.02)
+        zero = [layer for block in self.blocks for layer in block.mod]
+        zero += [layer for final in self.final for layer in (final.mod, final.linear)]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x_t, t, y=None):
+        """
+        Eq. (6): the velocities of the active scales.
+
+        x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one scale alone.
+        t: (B,) times, with the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
+        Returns a list like x_t. Finer outputs never change coarser ones under the causal mask.
+        """
+        p = self.config.patch
+        context = [self.t_embed(sinusoid(1000 * t, 256))]                   # (B, D) each
+        if self.y_embed is not None:
+            context.append(self.y_embed(torch.full_like(t, self.config.n_classes, dtype=torch.long) if y is None else y))
+        c = F.silu(sum(context))
+
+        z = {k: self.patch_embed[k](patchify(x, p)) + getattr(self, f'positions_{k}')
+             for k, x in enumerate(x_t) if x is not None}                   # (B_k, N_k, D)
+        coarsest = max(z)
+        # In-context conditioning: the tokens of t and y stand with the coarsest scale, which every scale may see.
+        z[coarsest] = torch.cat([torch.stack(context, dim=1), z[coarsest]], dim=1)
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                z = checkpoint(block, z, c, use_reentrant=False)
+            else:
+                z = block(z, c)
+        z[coarsest] = z[coarsest][:, len(context):]
+        return [None if x is None else unpatchify(self.final[k](z[k], c[:len(x)]), p) for k, x in enumerate(x_t)]

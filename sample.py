@@ -1,0 +1,191 @@
+"""
+Draws images from a checkpoint: Algorithm 2, one ODE in K segments.
+
+    python sample.py --ckpt out-digits/ckpt.pt                                  # a picture beside the checkpoint
+    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's format: arr_0 uint8 NHWC, arr_1 labels
+    python sample.py --ckpt CKPT --num_samples=100 --out=samples/               # one PNG each
+    python sample.py --ckpt CKPT --trajectory=True                              # the pyramid through t, as in Figure 1
+
+Noise and label of sample i depend on (seed, i) alone, so fixed-step solvers draw the same images whatever the batch.
+"""
+import os
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torchdiffeq import odeint
+
+from configurator import configure
+from data import launch
+from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct
+
+ADAPTIVE = ('dopri5', 'dopri8', 'bosh3', 'fehlberg2', 'adaptive_heun')
+FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implicit_adams')
+
+
+@torch.no_grad()
+def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0, frames=None):
+    """
+    Algorithm 2 (LapFlow Sampling): images from full-resolution noise.
+
+    noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance tol, or
+    of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs classifier-free
+    guidance v_null + cfg (v_y - v_null), on every channel, in one forward of twice the batch; 1 is the conditional model.
+    frames, a list, receives (t, state) ten times a segment; a state is a list of K, None where not yet active.
+    Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once.
+    """
+    config, K, B = model.config, model.config.K, len(noise)
+    x0, state, nfe = laplacian_pyramid(noise, K), (), 0
+    times = (1.0, *config.T, 0.0)
+
+    def ode(t, x):
+        nonlocal nfe
+        nfe += 1
+        t = t.clamp(start, end).expand(B)     # adaptive solvers probe beyond the segment
+        x_t = [None] * k + list(x)
+        if cfg == 1 or y is None:
+            return tuple(model(x_t, t, y)[k:])
+        twice = [None if x_k is None else torch.cat([x_k, x_k]) for x_k in x_t]
+        v = model(twice, torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.n_classes)]))[k:]
+        v_y, v_null = zip(*(v_k.float().chunk(2) for v_k in v))
+        return tuple(null + cfg * (cond - null) for cond, null in zip(v_y, v_null))
+
+    for k in reversed(range(K)):
+        start, end = times[k + 1], times[k]
+        # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising.
+        sigma = path(torch.tensor(start), start, config.path)[2].item()
+        state = (sigma * x0[k], *state)
+        t = torch.linspace(start, end, 2 if frames is None else 11, device=noise.device)
+        if method in ADAPTIVE:
+            options = dict(step_t=t[-1:])     # land on the segment's end
+        else:
+            n = max(1, round(steps * end) - round(steps * start))
+            options = dict(grid_constructor=lambda f, x, t: torch.linspace(start, end, n + 1, device=t.device))
+        states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
+        state = tuple(x[-1] for x in states)
+        if frames is not None:
+            frames += [(t_i.item(), [None] * k + [x[i] for x in states]) for i, t_i in enumerate(t)]
+    return reconstruct(state), nfe
+
+
+def noise_of(seed, index, shape):
+    """Standard normal noise of the samples in index, (len(index), *shape) float32, each a function of (seed, i) alone."""
+    return torch.stack([torch.from_numpy(np.random.default_rng((seed, i)).standard_normal(shape, np.float32)) for i in index])
+
+
+def to_uint8(x):
+    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 array, rounded once."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(array):
+    """An H x W x C uint8 array with C = 1 or 3 -> PIL image."""
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def save_grid(file, images, columns=10):
+    """Writes N H W C uint8 images as one picture, row by row, black where they run out."""
+    N, H, W, C = images.shape
+    rows = -(-N // columns)
+    canvas = np.zeros((rows * columns, H, W, C), np.uint8)
+    canvas[:N] = images
+    canvas = canvas.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
+    to_picture(canvas).save(file)
+
+
+def load_checkpoint(file, device):
+    """The dict that train.py saved in a file; ends the script with one sentence if it is not one."""
+    if not os.path.isfile(file):
+        raise SystemExit(f'there is no checkpoint {file!r}: train one with python train.py config/digits.py')
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        missing = {'model', 'ema', 'optimizer', 'iter_num', 'model_args', 'config', 'data'} - set(checkpoint)
+    except Exception as error:
+        raise SystemExit(f'{file!r} is not a checkpoint of train.py or is damaged ({type(error).__name__})')
+    if missing:
+        raise SystemExit(f'{file!r} is not a checkpoint of train.py: it lacks {", ".join(sorted(missing))}')
+    return checkpoint
+
+
+def save_trajectory(file, frames, cell=96):
+    """The first image's way from noise to data, as the paper's Figure 1: a column for each of the frames of `generate`, and in
+    rows the state of every scale, coarsest first (mid-grey is 0), and below them their reconstruction, Eq. (2)."""
+    K = len(frames[0][1])
+    columns = []
+    for t, state in frames:
+        present = [x_k[:1] for x_k in state if x_k is not None]
+        rows = [None] * (K - len(present)) + present
+        images = [reconstruct(present)] + rows
+        title = Image.new('L', (cell, 16))
+        ImageDraw.Draw(title).text((cell // 2, 8), f't = {t:.2f}', fill=255, anchor='mm')
+        pictures = [to_picture(to_uint8(x)[0]).resize((cell, cell), Image.Resampling.NEAREST) if x is not None else
+                    Image.new('L', (cell, cell)) for x in reversed(images)]
+        columns.append(np.concatenate([np.asarray(p.convert('RGB')) for p in [title, *pictures]]))
+    Image.fromarray(np.concatenate(columns, axis=1)).save(file)
+
+
+if __name__ == '__main__':
+    ckpt = 'out/ckpt.pt'
+    out = ''                # a picture (.png), .npz, or a folder (ending in /) of PNGs; '' is samples.png beside the checkpoint
+    num_samples = 100
+    batch_size = 100
+    cls = -1                # the class of all samples; -1 goes through the classes in turn
+    seed = 0
+    trajectory = False      # draw sample 0 through t instead, to trajectory.png
+    method = 'dopri5'       # these four: the checkpoint's own defaults, unless given
+    steps = 50
+    tol = 1e-5
+    cfg = 1.0
+    device = 'auto'
+    dtype = 'float32'       # TF32 on GPUs; bfloat16 is for fixed-step methods
+    configure(globals())
+    device, rank, world = launch(device)
+    checkpoint = load_checkpoint(ckpt, device)
+    globals().update({key: checkpoint['config'][key] for key in ('method', 'steps', 'tol', 'cfg')})
+    configure(globals())    # once more, over the checkpoint's defaults
+
+    config = LapFlowConfig(**checkpoint['model_args'])
+    for wrong, sentence in (
+            (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
+            (steps < config.K, f'steps must be at least {config.K}, one for each segment, but it is {steps}'),
+            (tol <= 0, f'tol must be positive, but it is {tol}'),
+            (num_samples < 1 or batch_size < 1, 'num_samples and batch_size must be at least 1'),
+            (seed < 0, f'seed must be 0 or more, but it is {seed}'),
+            (cls >= 0 and not config.n_classes, 'cls needs a class-conditional model, and this one is unconditional'),
+            (cls >= max(config.n_classes, 1), f'cls must be below {config.n_classes}, but it is {cls}'),
+            (cfg != 1 and not config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional'),
+            (dtype not in ('float32', 'bfloat16'), f'dtype must be float32 or bfloat16, but it is {dtype!r}'),
+            (dtype == 'bfloat16' and method in ADAPTIVE, f'bfloat16 is too coarse for the steps of {method}: '
+             f'take a fixed-step method, one of {", ".join(FIXED)}')):
+        if wrong:
+            raise SystemExit(f'sample.py: {sentence}')
+    model = LapFlow(config).to(device).eval()
+    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    out = out or os.path.join(os.path.dirname(ckpt), 'trajectory.png' if trajectory else 'samples.png')
+    images, labels, nfes, started = [], [], [], time.time()
+    for first in range(0, 1 if trajectory else num_samples, batch_size):
+        index = range(first, min(first + batch_size, 1 if trajectory else num_samples))
+        noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
+        y = torch.tensor([i % config.n_classes if cls < 0 else cls for i in index], device=device) if config.n_classes else None
+        frames = [] if trajectory else None
+        with autocast:
+            x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
+        images.append(to_uint8(x))
+        labels += y.tolist() if y is not None else []
+        nfes.append(nfe)
+    images = np.concatenate(images)
+    if os.path.dirname(out):
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+    if trajectory:
+        save_trajectory(out, frames)
+    elif out.endswith('.npz'):
+        np.savez(out, arr_0=images, **(dict(arr_1=np.array(labels)) if labels else {}))
+    elif out.endswith('/'):
+        for i, image in enumerate(images):
+            to_picture(image).save(os.path.join(out, f'{i:06}.png'))
+    else:
+        save_grid(out, images)
+    print(f'{len(images)} samples, {method}, NFE {np.mean(nfes):.1f}, {time.time() - started:.1f} s: {out}')

@@ -1,0 +1,43 @@
+import os
+import runpy
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def workplace(tmp_path_factory):
+    """A folder with a small digits dataset in it, as a user's checkout after the first run."""
+    from data import make_digits
+    folder = tmp_path_factory.mktemp('workplace')
+    make_digits(str(folder / 'data' / 'digits'), train=300, heldout=60)
+    return folder
+
+
+@pytest.fixture
+def run(workplace, monkeypatch, capsys):
+    """run('train.py', '--key=value', ...) -> what the script printed and the sentence it ended with ('' for a normal end)."""
+    monkeypatch.chdir(workplace)
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *args])
+        message = ''
+        try:
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        except SystemExit as end:
+            message = str(end.code or '')
+        return capsys.readouterr().out, message
+    return run
+
+
+TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6', '--eval_interval=3',
+        '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4', '--dtype=float32', '--device=cpu')

@@ -1,0 +1,311 @@
+"""The paper's mathematics and the network, against closed forms, autograd, plain loops and a dense-mask transformer."""
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as lapflow
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, path, reconstruct, stage_times,
+                   states_and_targets, velocity)
+
+PATHS = ('linear', 'gvp', 'quadratic', 'cubic')
+
+
+def small(double=True, **changes):
+    """A small model whose every weight is random, zero-initialised ones too: otherwise most of it would be silent."""
+    config = dict(size=16, channels=3, patch=2, width=16, depth=2, heads=2, T=(0.6, 0.25), n_classes=5) | changes
+    model = LapFlow(LapFlowConfig(**config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double() if double else model
+
+
+def random_batch(config, counts, dtype=torch.float64):
+    """Noisy states, times and labels of a packed batch with B_k = counts[k]; None for a scale that is not active."""
+    x_t = [None if n is None else torch.randn(n, config.channels, config.size >> k, config.size >> k, dtype=dtype)
+           for k, n in enumerate(counts)]
+    B = [n for n in counts if n is not None][-1]
+    y = torch.randint(config.n_classes + 1, (B,)) if config.n_classes else None
+    return x_t, torch.rand(B, dtype=dtype), y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pyramid
+
+
+@pytest.mark.parametrize('K', (1, 2, 3, 4, 5))
+def test_pyramid_reconstructs_any_image(K):
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    pyramid = laplacian_pyramid(x, K)
+    assert [p.shape for p in pyramid] == [(2, 3, 32 >> k, 48 >> k) for k in range(K)]
+    torch.testing.assert_close(reconstruct(pyramid), x, atol=1e-14, rtol=0)
+
+
+def test_pyramid_is_equation_1_pixel_by_pixel():
+    x = np.random.default_rng(0).standard_normal((8, 8))
+    means = [x]
+    for n in (4, 2):
+        means.append(np.array([[means[-1][2 * i:2 * i + 2, 2 * j:2 * j + 2].mean() for j in range(n)] for i in range(n)]))
+    up = lambda a: np.array([[a[i // 2, j // 2] for j in range(2 * len(a))] for i in range(2 * len(a))])
+    expected = [means[0] - up(means[1]), means[1] - up(means[2]), means[2]]
+    for actual, wanted in zip(laplacian_pyramid(torch.from_numpy(x)[None, None], 3), expected):
+        np.testing.assert_allclose(actual[0, 0].numpy(), wanted, atol=1e-15)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paths and velocities
+
+
+@pytest.mark.parametrize('kind', PATHS)
+@pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
+def test_velocity_is_the_time_derivative_of_the_path(kind, start):
+    x1, x0 = torch.randn(2, 7, 3, 4, 4, dtype=torch.float64)
+    t = start + (1 - start) * torch.rand(7, dtype=torch.float64)
+    _, derivative = torch.func.jvp(lambda t: noisy_state(x1, x0, t, start, kind), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(velocity(x1, x0, t, start, kind), derivative, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize('kind', PATHS)
+@pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
+def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(kind, start):
+    x1, x0 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
+    sigma = {'linear': 1 - start, 'gvp': math.cos(math.pi * start / 2), 'quadratic': (1 - start) ** 2, 'cubic': (1 - start) ** 3}
+    at = lambda t: noisy_state(x1, x0, torch.tensor([t], dtype=torch.float64), start, kind)
+    torch.testing.assert_close(at(start), sigma[kind] * x0, atol=1e-15, rtol=0)
+    torch.testing.assert_close(at(1.0), x1, atol=1e-15, rtol=0)
+
+
+def test_paths_are_the_papers_formulas():
+    t, start = torch.linspace(0.25, 1, 9, dtype=torch.float64), 0.25
+    ramp = (t - 0.25) / 0.75
+    for kind, alpha, sigma in (('linear', ramp, 1 - t), ('quadratic', ramp, (1 - t) ** 2), ('cubic', ramp, (1 - t) ** 3),
+                               ('gvp', torch.sin(math.pi * (t - 0.25) / (2 * 0.75)), torch.cos(math.pi / 2 * t))):
+        actual = path(t, start, kind)
+        torch.testing.assert_close((actual[0], actual[2]), (alpha, sigma), atol=1e-15, rtol=0)
+
+
+def test_stage_times_are_uniform_from_the_stages_start():
+    """Kolmogorov-Smirnov for each stage; the odds of a false alarm are 3 in 10,000."""
+    T, n = (0.67, 0.33), 4000
+    stage = torch.arange(3).repeat_interleave(n)
+    t = stage_times(stage, torch.rand(3 * n, dtype=torch.float64), T)
+    for s, start in enumerate((0.67, 0.33, 0.0)):
+        assert scipy.stats.kstest(t[stage == s].numpy(), 'uniform', (start, 1 - start)).pvalue > 1e-4
+
+
+def test_one_scale_is_plain_flow_matching():
+    config = LapFlowConfig(size=8, channels=2, width=16, depth=1, heads=2, T=())
+    x1, x0, t = torch.randn(5, 2, 8, 8), torch.randn(5, 2, 8, 8), torch.rand(5)
+    (x_t,), (u,) = states_and_targets(x1, x0, t, (5,), config)
+    s = t[:, None, None, None]
+    torch.testing.assert_close((x_t, u), (s * x1 + (1 - s) * x0, x1 - x0))
+    v = torch.randn_like(u)
+    torch.testing.assert_close(multiscale_loss([v], [u], (1.0,))[0], ((v - u) ** 2).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def dense_forward(model, x_t, t, y):
+    """LapFlow.forward for one image, with one sequence of all tokens, a dense additive mask M_c and Eq. (9) as it is printed."""
+    config, p, D = model.config, model.config.patch, model.config.width
+    angles = 1000 * t[None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    t_token = model.t_embed(torch.cat([angles.sin(), angles.cos()])[None])
+    tokens, scale = [], []
+    for k, x in enumerate(x_t):
+        if x is None:
+            continue
+        n = x.shape[-1] // p
+        pixels = torch.stack([x[:, i * p:i * p + p, j * p:j * p + p].flatten() for i in range(n) for j in range(n)])
+        tokens.append(model.patch_embed[k](pixels) + getattr(model, f'positions_{k}'))
+        scale += [k] * n * n
+    context = [t_token] if y is None else [t_token, model.y_embed(y)[None]]
+    z, scale = torch.cat(tokens + context), torch.tensor(scale + [max(scale)] * len(context))
+    c = F.silu(sum(context))[0]
+    each = lambda experts, x: torch.stack([experts[k](row) for k, row in zip(scale.tolist(), x)])
+    q_scale, k_scale = scale[:, None], scale[None, :]
+    hidden = {'causal': k_scale < q_scale, 'none': torch.zeros(1, 1, dtype=torch.bool), 'self': k_scale != q_scale}[config.mask]
+    M = torch.zeros(len(z), len(z), dtype=z.dtype).masked_fill(hidden, -torch.inf)
+    norm = lambda x: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
+    for block in model.blocks:
+        mod = each(block.mod, c.expand(len(z), D)).split(D, dim=-1)
+        q, k, v = each(block.qkv, norm(z) * (1 + mod[1]) + mod[0]).split(D, dim=-1)
+        heads = []
+        for h in range(config.heads):
+            d = D // config.heads
+            part = slice(h * d, (h + 1) * d)
+            heads.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(d) + M, dim=-1) @ v[:, part])
+        z = z + mod[2] * each(block.proj, torch.cat(heads, dim=-1))
+        z = z + mod[5] * each(block.ffn, norm(z) * (1 + mod[4]) + mod[3])
+    out = []
+    for k, x in enumerate(x_t):
+        if x is None:
+            out.append(None)
+            continue
+        rows = z[:len(z) - len(context)][scale[:len(z) - len(context)] == k]
+        shift, factor = model.final[k].mod(c).split(D)
+        n, image = x.shape[-1] // p, torch.empty_like(x)
+        for i, row in enumerate(model.final[k].linear(norm(rows) * (1 + factor) + shift)):
+            image[:, i // n * p:i // n * p + p, i % n * p:i % n * p + p] = row.view(-1, p, p)
+        out.append(image)
+    return out
+
+
+@pytest.mark.parametrize('counts', ((2, 2, 2), (1, 2, 4), (None, 1, 3), (None, None, 2), (2, None, None), (None, 2, None)))
+@pytest.mark.parametrize('mask', ('causal', 'none', 'self'))
+def test_split_attention_equals_softmax_over_a_dense_mask(mask, counts):
+    model = small(mask=mask)
+    x_t, t, y = random_batch(model.config, counts)
+    with torch.no_grad():
+        actual = model(x_t, t, y)
+        for i in range(len(t)):
+            alone = [x[i] if x is not None and i < len(x) else None for x in x_t]
+            for k, expected in enumerate(dense_forward(model, alone, t[i], y[i])):
+                if expected is not None:
+                    torch.testing.assert_close(actual[k][i], expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize('shared', ('', 'mod', 'qkv,proj', 'qkv,proj,ffn,mod'))
+def test_unconditional_shared_network_equals_the_dense_one(shared):
+    model = small(shared=shared, n_classes=0)
+    x_t, t, _ = random_batch(model.config, (1, 1, 1))
+    with torch.no_grad():
+        for actual, expected in zip(model(x_t, t), dense_forward(model, [x[0] for x in x_t], t[0], None)):
+            torch.testing.assert_close(actual[0], expected, atol=1e-10, rtol=0)
+
+
+def test_coarse_outputs_ignore_finer_inputs_bit_for_bit():
+    model = small(double=False)
+    x_t, t, y = random_batch(model.config, (4, 4, 4), torch.float32)
+    with torch.no_grad():
+        full = model(x_t, t, y)
+        other = model([torch.randn_like(x_t[0]), *x_t[1:]], t, y)
+        coarse = model([None, None, x_t[2]], t, y)
+        assert torch.equal(full[1], other[1]) and torch.equal(full[2], other[2]) and torch.equal(full[2], coarse[2])
+        assert not torch.equal(full[0], model([x_t[0], x_t[1], torch.randn_like(x_t[2])], t, y)[0])
+
+
+def test_every_scale_sees_time_and_label():
+    model = small(mask='causal')
+    x_t, t, y = random_batch(model.config, (1, 1, 1))
+    y = torch.zeros_like(y)
+    for other in (model(x_t, t + 0.1, y), model(x_t, t, y + 1), model(x_t, t, None)):
+        assert all(not torch.allclose(a, b) for a, b in zip(model(x_t, t, y), other))
+    null = torch.full_like(y, model.config.n_classes)
+    assert all(torch.equal(a, b) for a, b in zip(model(x_t, t, null), model(x_t, t, None)))
+
+
+def test_a_new_network_outputs_zero_and_learns_from_every_parameter():
+    config = LapFlowConfig(size=16, channels=3, width=16, depth=2, heads=2, T=(0.5,), n_classes=5)
+    model = LapFlow(config)
+    x_t, t, y = random_batch(config, (2, 4), torch.float32)
+    assert all(x.abs().max() == 0 for x in model(x_t, t, y))
+    model = small(double=False)
+    x_t, t, y = random_batch(model.config, (1, 2, 4), torch.float32)
+    y = torch.arange(6)[:len(t)]
+    sum(x.square().sum() for x in model(x_t, t, y)).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = small()
+    x_t, t, y = random_batch(model.config, (1, 2, 3))
+    gradients = []
+    for model.checkpoint_blocks in (False, True):
+        model.zero_grad()
+        sum(x.square().sum() for x in model(x_t, t, y)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_positions_of_a_coarse_token_are_the_centre_of_the_tokens_it_covers():
+    D, n = 64, 8
+    fine, coarse = lapflow.position_table(n, 0, D), lapflow.position_table(n // 2, 1, D)
+    slow = 15   # the slowest frequency of an axis, 1/10000^(15/16): its sine is linear in the position to 1e-6
+    centre = fine.view(n // 2, 2, n // 2, 2, D).mean((1, 3)).view(-1, D)
+    torch.testing.assert_close(coarse[:, [slow, 32 + slow]], centre[:, [slow, 32 + slow]], atol=1e-6, rtol=0)
+    i, j = 5, 3     # DiT's table: half the channels for one axis, half for the other, sines then cosines
+    omega = 10000.0 ** -(torch.arange(16) / 16)
+    expected = torch.cat([(j * omega).sin(), (j * omega).cos(), (i * omega).sin(), (i * omega).cos()])
+    torch.testing.assert_close(fine[i * n + j], expected, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing, cost, errors
+
+
+@pytest.mark.parametrize('mask', ('causal', 'none', 'self'))
+@pytest.mark.parametrize('weights', ((1.0, 1.0, 1.0), (0.5, 2.0, 3.0)))
+def test_packed_stages_equal_algorithm_1_image_by_image(mask, weights):
+    """Algorithm 1 as it is printed, one image and one stage at a time: same loss, same gradients."""
+    model = small(mask=mask)
+    config, B = model.config, 7
+    x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
+    stage, y = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.randint(6, (B,))
+    t = stage_times(stage, torch.rand(B, dtype=torch.float64), config.T)
+    x_t, u = states_and_targets(x1, x0, t, (3, 5, 7), config)
+    loss, _ = multiscale_loss(model(x_t, t, y), u, weights)
+    packed = torch.autograd.grad(loss, list(model.parameters()))
+
+    expected, T = 0, (1.0, *config.T, 0.0)
+    for i in range(B):
+        data, noise = (laplacian_pyramid(x[i:i + 1], 3) for x in (x1, x0))
+        s, inputs, targets = stage[i], [None] * 3, [None] * 3
+        for k in range(s, 3):
+            alpha, sigma = (t[i] - T[k + 1]) / (1 - T[k + 1]), 1 - t[i]                 # Eq. (4a)
+            inputs[k] = alpha * data[k] + sigma * noise[k]                              # Eq. (3)
+            targets[k] = data[k] / (1 - T[k + 1]) - noise[k]                            # Eq. (5)
+        outputs = model(inputs, t[i:i + 1], y[i:i + 1])
+        expected += sum(weights[k] * ((outputs[k] - targets[k]) ** 2).mean() for k in range(s, 3)) / B
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for ours, plain in zip(packed, torch.autograd.grad(expected, list(model.parameters()))):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
+
+
+def flops(size, T):
+    """FLOPs of L/2 averaged over the trajectory, whole and attention alone, counted on the meta device."""
+    with torch.device('meta'):
+        config = LapFlowConfig(size=size, T=T)
+        model, times, average = LapFlow(config), (1.0, *config.T, 0.0), np.zeros(2)
+        for s in range(config.K):
+            x = [torch.empty(1, 4, size >> k, size >> k) if k >= s else None for k in range(config.K)]
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(x, torch.empty(1))
+            attention = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'addmm' not in str(op))
+            average += (times[s] - times[s + 1]) * np.array([counter.get_total_flops(), attention])
+    return average
+
+
+@pytest.mark.parametrize('size, T, whole, attention', ((32, (0.5,), 0.7505, 0.69), (128, (0.67, 0.33), 0.535, 0.49)))
+def test_the_causal_mask_saves_what_the_design_promises(size, T, whole, attention):
+    ratio = flops(size, T) / flops(size, ())
+    assert 0.9 * whole < ratio[0] <= whole and 0.9 * attention < ratio[1] <= attention
+
+
+@pytest.mark.parametrize('T, shared, millions', (((), '', 457), ((0.5,), '', 912), ((0.5,), 'ffn,mod', 560), ((0.5,), 'qkv,proj,ffn,mod', 459),
+                                                 ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
+def test_parameters_of_L2(T, shared, millions):
+    """Closed form: D = 1024; per block and expert 6 D^2 mod, 3 D^2 qkv, D^2 proj, 8 D^2 ffn and their biases."""
+    D, K = 1024, len(T) + 1
+    parts = {'mod': 6 * D * D + 6 * D, 'qkv': 3 * D * D + 3 * D, 'proj': D * D + D, 'ffn': 8 * D * D + 5 * D}
+    block = sum(size * (1 if part in shared else K) for part, size in parts.items())
+    per_scale = (16 * D + D) + (2 * D * D + 2 * D) + (16 * D + 16)
+    with torch.device('meta'):
+        count = sum(p.numel() for p in LapFlow(LapFlowConfig(T=T, shared=shared)).parameters())
+    assert count == 24 * block + K * per_scale + (256 * D + D) + (D * D + D) and round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize('changes, word', ((dict(T=(0.3, 0.6)), 'decrease'), (dict(T=(0.5, 0.5)), 'decrease'), (dict(T=(1.0,)), 'decrease'),
+                                           (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
+                                           (dict(patch=0), 'patch'), (dict(width=18), 'width'), (dict(heads=3), 'heads'),
+                                           (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared'),
+                                           (dict(n_classes=-2), 'n_classes'), (dict(depth=0), 'depth')))
+def test_impossible_settings_are_refused_by_name(changes, word):
+    with pytest.raises(ValueError, match=word):
+        LapFlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)

@@ -1,0 +1,271 @@
+"""
+Trains LapFlow (Algorithm 1), in one process or many. Run the same command again and it goes on where it stopped.
+
+    python train.py config/digits.py
+    torchrun --nproc_per_node=8 train.py config/celebahq256.py
+
+Writes out_dir/ckpt.pt, log.csv and samples.png. All that is random in an iteration is drawn for the global batch from (seed,
+iteration), and each process and micro-batch takes a strided share of it: how many there are changes nothing but rounding.
+"""
+import copy
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure
+from data import Dataset, launch, training_order
+from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
+from sample import FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: config files and --key=value override them
+out_dir = 'out'
+eval_interval = 1000        # iterations between evaluations, each with a checkpoint and samples.png
+log_interval = 10
+eval_images = 512           # held-out images in the held-out loss
+sample_images = 100         # in samples.png, ten to a row
+wandb_log = False
+# data
+dataset = 'digits'          # a folder made by data.py, or its name in data/
+batch_size = 128            # images per iteration, over all processes and micro-batches
+gradient_accumulation_steps = 1
+# model: the fields of LapFlowConfig; size and channels 0, n_classes -1 are the dataset's
+size = 0
+channels = 0
+patch = 2
+width = 768
+depth = 12
+heads = 12
+T = (0.5,)
+n_classes = -1
+mask = 'causal'
+shared = ''
+path = 'linear'
+checkpoint_blocks = False   # activation checkpointing: less memory, more compute
+# optimisation: AdamW
+loss_weights = ()           # w_k of Eq. (7), finest scale first; () is 1 for each
+label_drop = 0.1            # share of labels replaced by the null label, for guidance
+max_iters = 10_000
+epochs = 0                  # > 0 sets max_iters
+learning_rate = 2e-4
+warmup_iters = 0
+decay_lr = True             # cosine to min_lr at max_iters; False keeps learning_rate
+min_lr = 1e-6
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 1.0             # 0 is off
+ema_decay = 0.0             # 0 is off
+# sampling defaults, carried by the checkpoint: see sample.py
+method = 'dopri5'
+steps = 50
+tol = 1e-5
+cfg = 1.0
+# system
+seed = 0
+device = 'auto'             # cuda, mps or cpu
+dtype = 'auto'              # of autocast: bfloat16 where the hardware has it, or float32
+compile = True              # torch.compile, block by block
+backend = 'auto'            # of torch.distributed: nccl on GPUs, gloo elsewhere
+config = configure(globals())
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_at(iteration):
+    """Linear warm-up, then a cosine from learning_rate to min_lr at max_iters, or constant."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+device, rank, world = launch(device, backend)
+device_type, master = device.split(':')[0], rank == 0
+
+# Precision: weights, optimizer and EMA are float32, the network runs under autocast
+if dtype == 'auto':
+    has_bf16 = {'cuda': torch.cuda.is_bf16_supported, 'cpu': torch.cpu._is_amx_tile_supported}.get(device_type, bool)()
+    dtype = 'bfloat16' if has_bf16 else 'float32'
+autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+if device_type == 'cpu' and dtype == 'bfloat16':
+    torch.backends.cuda.enable_flash_sdp(False)     # the CPU's flash backward is slow in bfloat16
+
+# Data and model
+if master and dataset == 'digits':
+    Dataset(dataset)        # drawn on first use, by one process
+if world > 1:
+    dist.barrier()
+data = Dataset(dataset)
+size, channels = size or data.meta['size'], channels or data.meta['channels']
+n_classes = len(data.meta['classes']) if n_classes < 0 else n_classes
+model_args = {field.name: globals()[field.name] for field in fields(LapFlowConfig)}
+try:
+    model_config = LapFlowConfig(**model_args)
+except ValueError as error:
+    raise SystemExit(f'train.py: {error}')
+K = model_config.K
+max_iters = epochs * data.n_train // batch_size if epochs else max_iters
+loss_weights = loss_weights or (1.0,) * K
+for wrong, sentence in (
+        ((size, channels) != (data.meta['size'], data.meta['channels']),
+         f'{dataset} has size {data.meta["size"]} and {data.meta["channels"]} channels, not {size} and {channels}'),
+        (0 < n_classes < len(data.meta['classes']), f'{dataset} has {len(data.meta["classes"])} classes, not {n_classes}'),
+        (len(loss_weights) != K, f'loss_weights needs one weight for each of the {K} scales, but it is {loss_weights}'),
+        (batch_size % (world * gradient_accumulation_steps) or batch_size < K * world * gradient_accumulation_steps,
+         f'batch_size {batch_size} must split evenly over {world} process(es) x {gradient_accumulation_steps} accumulation '
+         f'step(s), with at least one image for each of the {K} scales')):
+    if wrong:
+        raise SystemExit(f'train.py: {sentence}')
+torch.manual_seed(seed)
+model = LapFlow(model_config).to(device)
+model.checkpoint_blocks = checkpoint_blocks
+parameters = list(model.parameters())
+optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
+iteration = 0
+
+# Resume
+ckpt_path, log_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'log.csv')
+if os.path.exists(ckpt_path):
+    checkpoint = load_checkpoint(ckpt_path, device)
+    for what, there, here in (('model', checkpoint['model_args'], model_args), ('dataset', checkpoint['data'], data.meta)):
+        changes = [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here if there.get(key) != here[key]]
+        if changes:
+            raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changes)}): choose another out_dir')
+    model.load_state_dict(checkpoint['model'])
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    if ema is not None:
+        ema.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    iteration = checkpoint['iter_num']
+    if iteration >= max_iters:
+        print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
+        raise SystemExit
+    changes = [f'{key} {checkpoint["config"].get(key)!r} -> {config[key]!r}' for key in config
+               if checkpoint['config'].get(key) != config[key]]
+    if master:
+        print(f'resuming {ckpt_path} at iteration {iteration}' + f', changed: {", ".join(changes)}' * bool(changes))
+
+
+def draw(n, *key):
+    """Noise (n, C, H, W), times (n,) and label drops (n,) for n images packed by stage, from (seed, *key) alone."""
+    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]))
+    noise = torch.randn(n, channels, size, size, generator=generator, device=device)
+    uniform, drop = torch.rand(2, n, generator=generator, device=device)
+    stage = torch.arange(n, device=device) * K // n     # stratified: as many images in every stage
+    return noise, stage_times(stage, uniform, T), drop < label_drop
+
+
+def forward(net, index, draws, share):
+    """The loss and the scales' errors on a share, a slice, of the images in index with their draws (Algorithm 1)."""
+    noise, t, drop = (drawn[share] for drawn in draws)
+    x1, y = data.batch(index[share], device)
+    y = torch.where(drop, n_classes, y) if n_classes else None
+    counts = [len(range(-(-len(index) * (k + 1) // K))[share]) for k in range(K)]     # B_k: images with stage <= k
+    x_t, u = states_and_targets(x1, noise, t, counts, model_config)
+    with autocast:
+        v = net(x_t, t, y)
+    return *multiscale_loss(v, u, loss_weights), counts
+
+
+@torch.no_grad()
+@torch.compiler.set_stance('force_eager')
+def evaluate():
+    """Saves samples.png and returns every scale's held-out error, at noise and times that never change. EMA weights if any."""
+    net = ema or model
+    index = data.heldout[:eval_images]
+    draws, parts = draw(len(index), 1), -(-len(index) * world * gradient_accumulation_steps // batch_size)
+    errors, counts = zip(*(forward(net, index, draws, slice(i, None, parts))[1:] for i in range(parts)))
+    counts = torch.tensor(counts, device=device)
+    samples = torch.arange(sample_images)
+    y = samples.to(device) % n_classes if n_classes else None
+    with autocast if method in FIXED else nullcontext():
+        x, _ = generate(net, noise_of(seed, samples.tolist(), (channels, size, size)).to(device), y, method, steps, tol, cfg)
+    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(x))
+    return ((torch.stack(errors) * counts).sum(0) / counts.sum(0)).tolist()
+
+
+def save():
+    """Writes the checkpoint in one step: whoever looks finds the old one or the new one, whole."""
+    checkpoint = dict(model=model.state_dict(), ema=ema and ema.state_dict(), optimizer=optimizer.state_dict(),
+                      iter_num=iteration, model_args=model_args, config=config, data=data.meta)
+    torch.save(checkpoint, ckpt_path + '.tmp')
+    os.replace(ckpt_path + '.tmp', ckpt_path)
+
+
+if master:
+    os.makedirs(out_dir, exist_ok=True)
+    names = ['iter', 'loss', 'lr', 'grad_norm', 'images_per_s'] + [f'heldout_{k}' for k in range(K)]
+    rows = open(log_path).read().splitlines()[1:] if iteration and os.path.exists(log_path) else []
+    with open(log_path, 'w') as f:      # what an interrupted run logged after its last checkpoint will be logged again
+        f.writelines(line + '\n' for line in [','.join(names)] + [r for r in rows if int(r.split(',')[0]) <= iteration])
+    print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {K} scales of {size} x {size} and coarser, '
+          f'{data.n_train} images, {max_iters} iterations of {batch_size}, {world} process(es) on {device}, {dtype}')
+    if wandb_log:
+        import wandb
+        wandb.init(project='lapflow', name=os.path.basename(out_dir), config=config)
+if compile:
+    for block in model.blocks:
+        block.compile(dynamic=False)
+net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+finite = torch.ones((), dtype=torch.bool, device=device)
+logged, clock = iteration, time.time()
+
+while iteration < max_iters:
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate_at(iteration)
+    index = training_order(iteration * batch_size, batch_size, data.n_train, seed)
+    draws, total = draw(batch_size, 0, iteration), 0.0
+    for micro in range(gradient_accumulation_steps):
+        last = micro == gradient_accumulation_steps - 1
+        with nullcontext() if last or world == 1 else net.no_sync():
+            share = slice(rank + world * micro, None, world * gradient_accumulation_steps)
+            loss = forward(net, index, draws, share)[0] / gradient_accumulation_steps
+            loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    finite &= torch.isfinite(norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    iteration += 1
+    if ema is not None:
+        decay = min(ema_decay, (1 + iteration) / (10 + iteration))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+
+    evaluating = iteration % eval_interval == 0 or iteration == max_iters
+    if not evaluating and iteration % log_interval:
+        continue
+    if world > 1:
+        dist.all_reduce(total)
+        total /= world
+    if not finite:
+        raise SystemExit(f'train.py: the gradient is not finite at or before iteration {iteration}; {ckpt_path} is untouched: '
+                         'try a lower learning_rate, more warmup_iters or dtype=float32')
+    loss, rate = total.item(), (iteration - logged) * batch_size / (time.time() - clock)
+    row = dict(iter=iteration, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(), images_per_s=rate)
+    if master and evaluating:
+        started = time.time()
+        row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
+        save()
+        print(f'iter {iteration}: held-out', ', '.join(f'{row[f"heldout_{k}"]:.4f} (scale {k})' for k in range(K)),
+              f'| {ckpt_path} and samples.png written in {time.time() - started:.1f} s')
+    if master:
+        left = round((max_iters - iteration) * batch_size / rate)
+        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.0f} images/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
+        with open(log_path, 'a') as f:
+            f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
+        if wandb_log:
+            wandb.log(row, step=iteration)
+    logged, clock = iteration, time.time()
+
+if world > 1:
+    dist.destroy_process_group()
