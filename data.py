@@ -38,9 +38,9 @@ def launch(device, backend='auto'):
 
 def draw_digit(label, rng):
     """One 32 x 32 uint8 digit, white on black; its size, stroke, rotation, shear and shift are drawn from rng."""
-    size, stroke = rng.uniform(48, 66), rng.integers(0, 4)
-    angle, shear = rng.uniform(-0.2, 0.2, size=2)
-    shift = rng.uniform(-5, 5, size=2)
+    size, stroke = rng.uniform(50, 64), rng.integers(1, 4)
+    angle, shear = rng.uniform(-0.15, 0.15, size=2)
+    shift = rng.uniform(-4, 4, size=2)
     canvas = Image.new('L', (64, 64))
     ImageDraw.Draw(canvas).text((32, 32), str(label), fill=255, font=ImageFont.load_default(size), anchor='mm',
                                 stroke_width=stroke)

@@ -63,6 +63,8 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         else:
             n = max(1, round(steps * end) - round(steps * start))
             options = dict(grid_constructor=lambda f, x, t: torch.linspace(start, end, n + 1, device=t.device))
+            if 'adams' in method:
+                options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
         states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
         state = tuple(x[-1] for x in states)
         if frames is not None:
