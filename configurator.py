@@ -1,9 +1,9 @@
 """
-Settings are plain variables at the top of a script; this overrides them from config files and the command line, checked:
+Settings are plain variables at the top of a script. Config files and the command line override them, checked; later ones win:
 
     python train.py config/digits.py --batch_size=32 --T=0.67,0.33 --out_dir out-test
 
-A config file is Python that assigns settings, and runs as such: use only files that you trust. Later ones win.
+A config file is Python that assigns settings, and is run as such: use only files that you trust.
 """
 import ast
 import difflib
@@ -11,59 +11,51 @@ import os
 import sys
 
 
+def checked(settings, key, value, source):
+    """The value for a setting, as the type of its default; or the end of the script, with a sentence."""
+    if key not in settings:
+        nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
+        raise SystemExit(f'{source}: there is no setting {key!r}; the nearest is {nearest!r} (--help lists them all)')
+    kind, numbers = type(settings[key]), value if isinstance(value, (tuple, list)) else (value,)
+    if kind is tuple and all(type(v) in (int, float) for v in numbers):
+        return tuple(float(v) for v in numbers)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is tuple or type(value) is not kind:
+        expected = 'a tuple of numbers' if kind is tuple else f'{kind.__name__}, like {settings[key]!r}'
+        raise SystemExit(f'{source}: {key} must be {expected}, but it is {value!r}')
+    return value
+
+
 def configure(namespace, argv=None):
     """
-    Overrides the settings in `namespace` (a script's globals(): every name but the likes of __file__ and CONSTANT that holds a plain value)
-    from argv, sys.argv[1:] by default, and returns all settings as a dict. Errors end the script with one sentence.
+    Overrides the settings in `namespace`, a script's globals(): its plain values, but for _names and CONSTANTS. argv is that of
+    the command line by default. Returns all settings as a dict. Mistakes end the script with one sentence.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    settings = {key: value for key, value in namespace.items()
-                if isinstance(value, (bool, int, float, str, tuple)) and not key.startswith('_')
-                and not (key.isupper() and len(key) > 1)}
-    given = {}
-
-    def check(key, value, source):
-        """The value as the type of the setting's default, or the end of the script."""
-        if key not in settings:
-            nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
-            raise SystemExit(f'{source}: there is no setting {key!r}; the nearest is {nearest!r} (--help lists them all)')
-        kind = type(settings[key])
-        if kind is tuple and type(value) in (int, float):
-            value = (value,)
-        if kind is tuple and type(value) in (tuple, list) and all(type(v) in (int, float) for v in value):
-            return tuple(float(v) for v in value)
-        if kind is float and type(value) is int:
-            return float(value)
-        if kind is tuple or type(value) is not kind:
-            expected = 'a tuple of numbers' if kind is tuple else f'{kind.__name__}, like {settings[key]!r}'
-            raise SystemExit(f'{source}: {key} must be {expected}, but it is {value!r}')
-        return value
-
+    argv, here = list(sys.argv[1:] if argv is None else argv), os.path.dirname(os.path.abspath(__file__))
+    settings = {key: value for key, value in namespace.items() if isinstance(value, (bool, int, float, str, tuple))
+                and not key.startswith('_') and not (key.isupper() and len(key) > 1)}
     while argv:
-        arg = argv.pop(0)
+        arg, values = argv.pop(0), {}
         if arg in ('--help', '-h'):
             raise SystemExit('\n'.join(f'--{key}={value!r}' for key, value in settings.items()))
         if arg.startswith('--'):
+            source = 'command line'
             key, equals, text = arg[2:].partition('=')
-            if not equals:
-                check(key, settings.get(key), 'command line')
-                if not argv or argv[0].startswith('--'):
-                    raise SystemExit(f'command line: --{key} needs a value: --{key}={settings[key]!r}')
-                text = argv.pop(0)
+            if not equals and (not argv or argv[0].startswith('--')):
+                raise SystemExit(f'{source}: {arg} needs a value: {arg}=VALUE')
+            text = text if equals else argv.pop(0)
             try:
-                value = text if type(settings.get(key)) is str else ast.literal_eval(text)
+                values[key] = text if isinstance(settings.get(key), str) else ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                value = text
-            given[key] = check(key, value, 'command line')
-            continue
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), arg)
-        config_file = arg if os.path.isfile(arg) else beside
-        if not arg.endswith('.py') or not os.path.isfile(config_file):
-            raise SystemExit(f'{arg!r} is neither a config file (NAME.py) nor a setting (--key=value)')
-        values = {}
-        with open(config_file) as f:
-            exec(compile(f.read(), config_file, 'exec'), values)
-        given |= {key: check(key, value, arg) for key, value in values.items()
-                  if not key.startswith('_') and not isinstance(value, type(ast))}
-    namespace.update(given)
-    return settings | given
+                values[key] = text
+        else:
+            source = next((file for file in (arg, os.path.join(here, arg)) if os.path.isfile(file)), '')
+            if not source.endswith('.py'):
+                raise SystemExit(f'{arg!r} is neither a config file (NAME.py) nor a setting (--key=value)')
+            with open(source) as f:
+                exec(compile(f.read(), source, 'exec'), values)
+            values = {k: v for k, v in values.items() if not k.startswith('_') and not isinstance(v, type(ast))}
+        settings |= {key: checked(settings, key, value, source) for key, value in values.items()}
+    namespace.update(settings)
+    return settings

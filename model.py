@@ -58,7 +58,7 @@ def reconstruct(pyramid):
 
 def path(t, start, kind='linear'):
     """
-    Eq. (4a), (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start` = T_{k+1}.
+    Eq. (4a), Eq. (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start` = T_{k+1}.
 
     t is a tensor of any shape with values in [start, 1]; kind is 'linear', 'gvp', 'quadratic' or 'cubic' (the last two
     decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape.
@@ -108,7 +108,7 @@ def states_and_targets(x1, x0, t, counts, config):
 
 def multiscale_loss(v, u, weights):
     """
-    Eq. (7) over a packed batch: the sum over scales of w_k (B_k / B) mean (v - u)^2, the share of images that Algorithm 1
+    Eq. (7) over a packed batch: the sum over scales of w_k (B_k / B) mean (v - u)^2, the share of images that Alg. 1
     would train scale k with. v and u are lists of K tensors. Returns the loss and the K means, finest first.
     """
     errors = torch.stack([F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)])

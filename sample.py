@@ -1,5 +1,5 @@
 """
-Draws images from a checkpoint: Algorithm 2, one ODE in K segments.
+Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
     python sample.py --ckpt out-digits/ckpt.pt                                  # a picture beside the checkpoint
     python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's format: arr_0 uint8 NHWC, arr_1 labels
@@ -28,12 +28,12 @@ FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implic
 @torch.no_grad()
 def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0, frames=None):
     """
-    Algorithm 2 (LapFlow Sampling): images from full-resolution noise.
+    Alg. 2, LapFlow sampling: images from full-resolution noise.
 
     noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance tol, or
     of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs classifier-free
     guidance v_null + cfg (v_y - v_null), on every channel, in one forward of twice the batch; 1 is the conditional model.
-    frames, a list, receives (t, state) ten times a segment; a state is a list of K, None where not yet active.
+    frames, a list, receives (t, state) at six times of every segment; a state is a list of K, None where not yet active.
     Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once.
     """
     config, K, B = model.config, model.config.K, len(noise)
@@ -57,7 +57,7 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising.
         sigma = path(torch.tensor(start), start, config.path)[2].item()
         state = (sigma * x0[k], *state)
-        t = torch.linspace(start, end, 2 if frames is None else 11, device=noise.device)
+        t = torch.linspace(start, end, 2 if frames is None else 6, device=noise.device)
         if method in ADAPTIVE:
             options = dict(step_t=t[-1:])     # land on the segment's end
         else:
@@ -112,19 +112,19 @@ def load_checkpoint(file, device):
 
 
 def save_trajectory(file, frames, cell=96):
-    """The first image's way from noise to data, as the paper's Figure 1: a column for each of the frames of `generate`, and in
-    rows the state of every scale, coarsest first (mid-grey is 0), and below them their reconstruction, Eq. (2)."""
-    K = len(frames[0][1])
+    """
+    The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames of `generate`;
+    in rows the state of every scale, coarsest first, mid-grey for 0, and below them their reconstruction, Eq. (2).
+    """
     columns = []
     for t, state in frames:
-        present = [x_k[:1] for x_k in state if x_k is not None]
-        rows = [None] * (K - len(present)) + present
-        images = [reconstruct(present)] + rows
-        title = Image.new('L', (cell, 16))
-        ImageDraw.Draw(title).text((cell // 2, 8), f't = {t:.2f}', fill=255, anchor='mm')
-        pictures = [to_picture(to_uint8(x)[0]).resize((cell, cell), Image.Resampling.NEAREST) if x is not None else
-                    Image.new('L', (cell, cell)) for x in reversed(images)]
-        columns.append(np.concatenate([np.asarray(p.convert('RGB')) for p in [title, *pictures]]))
+        title = Image.new('RGB', (cell, 16))
+        ImageDraw.Draw(title).text((cell // 2, 8), f't = {t:.2f}', anchor='mm')
+        column = [title]
+        for x in [*reversed(state), reconstruct([x for x in state if x is not None])]:
+            picture = Image.new('L', (1, 1)) if x is None else to_picture(to_uint8(x)[0])
+            column.append(picture.convert('RGB').resize((cell, cell), Image.Resampling.NEAREST))
+        columns.append(np.concatenate([np.pad(np.asarray(part), ((2, 2), (2, 2), (0, 0))) for part in column]))
     Image.fromarray(np.concatenate(columns, axis=1)).save(file)
 
 
@@ -156,9 +156,10 @@ if __name__ == '__main__':
             (num_samples < 1 or batch_size < 1, 'num_samples and batch_size must be at least 1'),
             (seed < 0, f'seed must be 0 or more, but it is {seed}'),
             (cls >= 0 and not config.n_classes, 'cls needs a class-conditional model, and this one is unconditional'),
-            (cls >= max(config.n_classes, 1), f'cls must be below {config.n_classes}, but it is {cls}'),
+            (not -1 <= cls < max(config.n_classes, 1), f'cls must be -1 (all in turn) or a class below {config.n_classes}, but it is {cls}'),
             (cfg != 1 and not config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional'),
             (dtype not in ('float32', 'bfloat16'), f'dtype must be float32 or bfloat16, but it is {dtype!r}'),
+            (not (out == '' or out.endswith(('.png', '.npz', '/'))), f'out must end in .png, .npz or /, but it is {out!r}'),
             (dtype == 'bfloat16' and method in ADAPTIVE, f'bfloat16 is too coarse for the steps of {method}: '
              f'take a fixed-step method, one of {", ".join(FIXED)}')):
         if wrong:

@@ -1,5 +1,5 @@
 """
-Trains LapFlow (Algorithm 1), in one process or many. Run the same command again and it goes on where it stopped.
+Trains LapFlow (Alg. 1), in one process or many. Run the same command again and it goes on where it stopped.
 
     python train.py config/digits.py
     torchrun --nproc_per_node=8 train.py config/celebahq256.py
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from data import Dataset, launch, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
-from sample import FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
+from sample import ADAPTIVE, FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: config files and --key=value override them
@@ -119,8 +119,14 @@ for wrong, sentence in (
         ((size, channels) != (data.meta['size'], data.meta['channels']),
          f'{dataset} has size {data.meta["size"]} and {data.meta["channels"]} channels, not {size} and {channels}'),
         (0 < n_classes < len(data.meta['classes']), f'{dataset} has {len(data.meta["classes"])} classes, not {n_classes}'),
+        (min(eval_interval, log_interval, eval_images, sample_images, batch_size, gradient_accumulation_steps, max_iters) < 1,
+         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters must be at least 1'),
+        (seed < 0, f'seed must be 0 or more, but it is {seed}'),
+        (dtype not in ('float32', 'bfloat16'), f'dtype must be auto, float32 or bfloat16, but it is {dtype!r}'),
+        (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
+        (cfg != 1 and not n_classes, 'cfg is for class-conditional models: add --cfg=1, or classes'),
         (len(loss_weights) != K, f'loss_weights needs one weight for each of the {K} scales, but it is {loss_weights}'),
-        (batch_size % (world * gradient_accumulation_steps) or batch_size < K * world * gradient_accumulation_steps,
+        (batch_size % (world * max(gradient_accumulation_steps, 1)) or batch_size < K * world * gradient_accumulation_steps,
          f'batch_size {batch_size} must split evenly over {world} process(es) x {gradient_accumulation_steps} accumulation '
          f'step(s), with at least one image for each of the {K} scales')):
     if wrong:
@@ -165,7 +171,7 @@ def draw(n, *key):
 
 
 def forward(net, index, draws, share):
-    """The loss and the scales' errors on a share, a slice, of the images in index with their draws (Algorithm 1)."""
+    """The loss and the scales' errors on a share, a slice, of the images in index with their draws (Alg. 1)."""
     noise, t, drop = (drawn[share] for drawn in draws)
     x1, y = data.batch(index[share], device)
     y = torch.where(drop, n_classes, y) if n_classes else None

@@ -7,9 +7,9 @@ depth = 4
 heads = 4
 T = (0.5,)
 
-batch_size = 128
-max_iters = 940
-eval_interval = 235
+batch_size = 64
+max_iters = 2000
+eval_interval = 500
 learning_rate = 2e-3
 min_lr = 2e-5
 warmup_iters = 50

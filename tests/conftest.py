@@ -40,4 +40,5 @@ def run(workplace, monkeypatch, capsys):
 
 
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6', '--eval_interval=3',
-        '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4', '--dtype=float32', '--device=cpu')
+        '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4', '--dtype=float32', '--device=cpu',
+        '--warmup_iters=0', '--learning_rate=1e-2')

@@ -1,0 +1,256 @@
+"""train.py and sample.py as a user runs them, on a small copy of the digits."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, TINY
+from model import LapFlow, LapFlowConfig
+
+
+def load(folder, name='ckpt.pt'):
+    return torch.load(os.path.join(folder, name), weights_only=True)
+
+
+def same(a, b, **tolerance):
+    """Whether two nested structures of tensors and plain values are equal, bit for bit unless a tolerance is given."""
+    if isinstance(a, torch.Tensor):
+        return torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], **tolerance) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, **tolerance) for x, y in zip(a, b))
+    return a == b
+
+
+def losses(folder):
+    with open(os.path.join(folder, 'log.csv')) as f:
+        return [{key: row[key] for key in row if key != 'images_per_s'} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope='module')
+def trained(workplace):
+    """The checkpoint of one uninterrupted tiny run."""
+    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'], cwd=workplace, check=True)
+    return workplace / 'out-whole'
+
+
+def test_a_run_leaves_a_checkpoint_a_log_and_a_picture(trained):
+    checkpoint = load(trained)
+    assert checkpoint['iter_num'] == 6 and checkpoint['data']['source'] == 'digits'
+    assert checkpoint['model_args']['n_classes'] == 10 and checkpoint['config']['learning_rate'] == 1e-2
+    rows = losses(trained)
+    assert [int(row['iter']) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [bool(row['heldout_0'] and row['heldout_1']) for row in rows] == [False, False, True, False, False, True]
+    assert all(np.isfinite(float(row['loss'])) for row in rows)
+    assert Image.open(trained / 'samples.png').size == (320, 64)
+
+
+def test_a_killed_run_resumes_bit_for_bit(trained, workplace):
+    """kill -9 as soon as there is a checkpoint, then the same command: weights, EMA, optimizer and log of a run never stopped."""
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-killed']
+    process = subprocess.Popen(command, cwd=workplace)
+    while not os.path.exists(workplace / 'out-killed' / 'ckpt.pt'):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load(workplace / 'out-killed')['iter_num'] == 3
+    assert 'resuming' in subprocess.run(command, cwd=workplace, check=True, capture_output=True, text=True).stdout
+    whole, resumed = load(trained), load(workplace / 'out-killed')
+    assert all(same(whole[key], resumed[key]) for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'))
+    assert losses(trained) == losses(workplace / 'out-killed')
+    assert not same(whole['ema'], whole['model'])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained, run):
+    before = {name: (trained / name).read_bytes() for name in os.listdir(trained)}
+    printed, message = run('train.py', *TINY, '--out_dir=out-whole')
+    assert 'finished' in printed and message == ''
+    assert {name: (trained / name).read_bytes() for name in os.listdir(trained)} == before
+
+
+@pytest.mark.parametrize('how', ('two processes', 'two accumulation steps'))
+def test_processes_and_accumulation_change_nothing_but_rounding(how, trained, workplace):
+    out = f'out-{how.replace(" ", "-")}'
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, f'--out_dir={out}']
+    if how == 'two processes':
+        command[1:1] = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    else:
+        command += ['--gradient_accumulation_steps=2']
+    subprocess.run(command, cwd=workplace, check=True, capture_output=True)
+    for a, b in zip(losses(trained), losses(workplace / out)):
+        for key in a:
+            assert a[key] == b[key] or abs(float(a[key]) - float(b[key])) < 1e-5, key
+    assert same(load(trained)['model'], load(workplace / out)['model'], rtol=0, atol=2e-4)   # Adam divides by small gradients
+
+
+@pytest.mark.parametrize('changes', (('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3'), ('--T=()', '--mask=none', '--ema_decay=0.0'),
+                                     ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'), ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
+                                     ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60')))
+def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp_path):
+    printed, message = run('train.py', *TINY, '--max_iters=2', '--eval_interval=2', f'--out_dir={tmp_path}', *changes)
+    assert message == '' and 'left' in printed
+    assert load(tmp_path)['iter_num'] == (5 if '--epochs=1' in changes else 2)
+    assert run('sample.py', '--ckpt', str(tmp_path / 'ckpt.pt'), '--num_samples=3', f'--out={tmp_path}/x.npz')[1] == ''
+    assert np.load(tmp_path / 'x.npz')['arr_0'].shape == (3, 32, 32, 1)
+
+
+def test_training_lowers_the_loss(run, tmp_path):
+    run('train.py', *TINY, '--max_iters=40', '--eval_interval=20', f'--out_dir={tmp_path}', '--learning_rate=4e-3', '--sample_images=1')
+    first, last = [row for row in losses(tmp_path) if row['heldout_0']]
+    assert float(last['heldout_0']) < float(first['heldout_0']) and float(last['heldout_1']) < float(first['heldout_1'])
+    # untrained, the outputs are 0 and the errors the mean squares of the targets: 0.75 + 4 mean r^2 and 0.25 + mean x^2 at least
+    assert float(last['heldout_0']) < 0.75 and float(last['heldout_1']) < 0.6
+
+
+def test_learning_rate_and_ema_are_their_closed_forms(run, tmp_path):
+    run('train.py', *TINY, '--max_iters=8', '--warmup_iters=3', '--ema_decay=0.5', '--eval_interval=1', f'--out_dir={tmp_path}')
+    rates = [float(row['lr']) for row in losses(tmp_path)]
+    cosine = [2e-5 + (1e-2 - 2e-5) * (1 + np.cos(np.pi * i / 5)) / 2 for i in range(5)]
+    np.testing.assert_allclose(rates, [2.5e-3, 5e-3, 7.5e-3, *cosine], rtol=1e-5)
+    run('train.py', *TINY, '--max_iters=1', '--ema_decay=0.5', f'--out_dir={tmp_path}/one')
+    checkpoint = load(tmp_path / 'one')
+    torch.manual_seed(0)
+    start = LapFlow(LapFlowConfig(**checkpoint['model_args'])).state_dict()
+    decay = 2 / 11      # the warm-up (1 + i) / (10 + i) after the first iteration
+    for name, ema in checkpoint['ema'].items():
+        torch.testing.assert_close(ema, decay * start[name] + (1 - decay) * checkpoint['model'][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not any(os.access(os.path.join(p, 'g++'), os.X_OK) for p in os.environ['PATH'].split(':')), reason='needs a C++ compiler')
+def test_compiled_blocks_train_the_same_weights(trained, run, tmp_path):
+    assert run('train.py', *TINY, '--max_iters=1', '--eval_interval=1', '--compile=True', f'--out_dir={tmp_path}')[1] == ''
+    assert abs(float(losses(tmp_path)[0]['loss']) - float(losses(trained)[0]['loss'])) < 1e-5
+    assert load(tmp_path)['model'].keys() == load(trained)['model'].keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def sample(run, trained, out, *args):
+    printed, message = run('sample.py', '--ckpt', str(trained / 'ckpt.pt'), f'--out={out}', *args)
+    assert message == '' and 'NFE' in printed and str(out) in printed
+    return printed
+
+
+def test_batches_change_no_pixel_by_more_than_one_grey_level(trained, run, tmp_path):
+    for batch in (1, 4, 7):
+        sample(run, trained, tmp_path / f'{batch}.npz', '--num_samples=7', f'--batch_size={batch}', '--method=midpoint', '--steps=6')
+    arrays = [np.load(tmp_path / f'{batch}.npz') for batch in (1, 4, 7)]
+    assert all(np.abs(a['arr_0'].astype(int) - arrays[0]['arr_0']).max() <= 1 for a in arrays)
+    assert all(a['arr_1'].tolist() == [0, 1, 2, 3, 4, 5, 6] for a in arrays)
+    assert arrays[0]['arr_0'].dtype == np.uint8 and arrays[0]['arr_0'].std() > 10
+
+
+def test_outputs_are_the_same_images_in_every_form(trained, run, tmp_path):
+    sample(run, trained, tmp_path / 'x.npz', '--num_samples=12', '--cls=3', '--seed=5')
+    sample(run, trained, f'{tmp_path}/x/', '--num_samples=12', '--cls=3', '--seed=5')
+    sample(run, trained, tmp_path / 'x.png', '--num_samples=12', '--cls=3', '--seed=5')
+    arrays = np.load(tmp_path / 'x.npz')
+    assert arrays['arr_1'].tolist() == [3] * 12
+    files = sorted(os.listdir(tmp_path / 'x'))
+    assert len(files) == 12
+    picture = np.asarray(Image.open(tmp_path / 'x.png'))
+    for i, (image, file) in enumerate(zip(arrays['arr_0'][..., 0], files)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / 'x' / file)), image)
+        assert np.array_equal(picture[i // 10 * 32:i // 10 * 32 + 32, i % 10 * 32:i % 10 * 32 + 32], image)
+
+
+def test_the_checkpoints_defaults_hold_unless_given(trained, run, tmp_path):
+    assert 'euler, NFE 4.0' in sample(run, trained, tmp_path / 'x.npz', '--num_samples=2')      # TINY's steps
+    assert 'midpoint, NFE 12.0' in sample(run, trained, tmp_path / 'x.npz', '--num_samples=2', '--method=midpoint', '--steps=6')
+    sample(run, trained, tmp_path / 'y.npz', '--num_samples=2', '--cfg=2.0')
+    sample(run, trained, tmp_path / 'x.npz', '--num_samples=2')
+    sample(run, trained, tmp_path / 'z.npz', '--num_samples=2', '--cfg=1.0')
+    x, y, z = (np.load(tmp_path / f'{name}.npz')['arr_0'] for name in 'xyz')
+    assert np.array_equal(x, y) and not np.array_equal(x, z)
+
+
+def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
+    sample(run, trained, tmp_path / 'strip.png', '--trajectory=True', '--steps=20', '--cls=4')
+    sample(run, trained, tmp_path / 'x.npz', '--num_samples=1', '--steps=20', '--cls=4')
+    strip, image = np.asarray(Image.open(tmp_path / 'strip.png'))[..., 0], np.load(tmp_path / 'x.npz')['arr_0'][0, ..., 0]
+    corner = strip[-98:-2, -98:-2][1::3, 1::3]      # bottom right: the reconstruction at t = 1, three times enlarged
+    assert np.array_equal(corner, image)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize('script, args, words', (
+    ('train.py', ['--widht=64'], ("'widht'", "'width'")),
+    ('train.py', ['--width=wide'], ('width', 'int')),
+    ('train.py', ['--T=0.3,0.6'], ('T', 'decrease')),
+    ('train.py', ['--T=1.5'], ('T', '(0, 1)')),
+    ('train.py', ['--patch=5'], ('divide',)),
+    ('train.py', ['--T=0.8,0.6,0.4,0.2'], ('divide',)),
+    ('train.py', ['--dataset=nothing'], ('nothing', 'data.py')),
+    ('train.py', ['--size=64'], ('size',)),
+    ('train.py', ['--n_classes=4'], ('10 classes',)),
+    ('train.py', ['--n_classes=0'], ('cfg',)),
+    ('train.py', ['--batch_size=7', '--gradient_accumulation_steps=2'], ('batch_size',)),
+    ('train.py', ['--batch_size=1'], ('batch_size', 'scale')),
+    ('train.py', ['--loss_weights=1,1,1'], ('loss_weights',)),
+    ('train.py', ['--seed=-1'], ('seed',)),
+    ('train.py', ['--dtype=float8'], ('dtype',)),
+    ('train.py', ['--method=heun'], ('method',)),
+    ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('another model', 'width', '32', '64')),
+    ('train.py', ['--out_dir=out-whole', '--T=0.25', '--max_iters=12'], ('another model', 'T')),
+    ('sample.py', ['--ckpt', 'no.pt'], ('no.pt', 'train')),
+    ('sample.py', ['--ckpt', 'data/digits/meta.json'], ('meta.json', 'not a checkpoint')),
+    ('sample.py', ['--ckpt', 'other.pt'], ('other.pt', 'not a checkpoint', 'model_args')),
+    ('sample.py', ['--ckpt', 'cut.pt'], ('cut.pt', 'damaged')),
+    ('sample.py', ['--cls=10'], ('cls', 'below 10')),
+    ('sample.py', ['--cls=-2'], ('cls',)),
+    ('sample.py', ['--method=magic'], ('method', 'dopri5')),
+    ('sample.py', ['--steps=1'], ('steps',)),
+    ('sample.py', ['--method=dopri5', '--tol=0'], ('tol',)),
+    ('sample.py', ['--num_samples=0'], ('num_samples',)),
+    ('sample.py', ['--seed=-1'], ('seed',)),
+    ('sample.py', ['--dtype=bfloat16', '--method=dopri5'], ('bfloat16', 'euler')),
+    ('sample.py', ['--out=x.jpg'], ('.png',)),
+))
+def test_bad_input_gets_one_sentence_and_destroys_nothing(script, args, words, trained, run, workplace):
+    torch.save({'model': {}}, workplace / 'other.pt')
+    (workplace / 'cut.pt').write_bytes((trained / 'ckpt.pt').read_bytes()[:100_000])
+    if script == 'train.py':
+        args = [*TINY, '--out_dir=out-bad', *args]
+    elif '--ckpt' not in args:
+        args = ['--ckpt', 'out-whole/ckpt.pt', *args]
+    before = {name: (trained / name).read_bytes() for name in os.listdir(trained)}
+    _, message = run(script, *args)
+    assert all(word in message for word in words) and '\n' not in message, message
+    assert {name: (trained / name).read_bytes() for name in os.listdir(trained)} == before
+    assert not os.path.exists(workplace / 'out-bad')
+
+
+def test_guidance_and_classes_are_refused_on_an_unconditional_model(run, tmp_path):
+    run('train.py', *TINY, '--max_iters=1', f'--out_dir={tmp_path}', '--n_classes=0', '--cfg=1')
+    for args, word in ((['--cfg=2'], 'cfg'), (['--cls=1'], 'cls')):
+        _, message = run('sample.py', '--ckpt', str(tmp_path / 'ckpt.pt'), *args)
+        assert word in message and 'unconditional' in message
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(trained, run, workplace, tmp_path):
+    from data import make_digits
+    make_digits(str(tmp_path / 'other'), train=100, heldout=20)
+    _, message = run('train.py', *TINY, '--out_dir=out-whole', f'--dataset={tmp_path}/other', '--max_iters=12')
+    assert 'another dataset' in message and 'count' in message
+
+
+def test_a_diverged_run_stops_with_a_sentence_and_keeps_its_checkpoint(run, tmp_path):
+    run('train.py', *TINY, '--max_iters=3', f'--out_dir={tmp_path}')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    _, message = run('train.py', *TINY, '--max_iters=50', f'--out_dir={tmp_path}', '--learning_rate=1e30', '--grad_clip=0.0')
+    assert 'not finite' in message and 'learning_rate' in message
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
