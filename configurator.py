@@ -1,5 +1,5 @@
 """
-Settings are plain variables at the top of a script. Config files and the command line override them, checked; later ones win:
+Settings are plain variables at the top of a script. Config files and the command line override them, later ones win:
 
     python train.py config/digits.py --batch_size=32 --T=0.67,0.33 --out_dir out-test
 
@@ -29,8 +29,8 @@ def checked(settings, key, value, source):
 
 def configure(namespace, argv=None):
     """
-    Overrides the settings in `namespace`, a script's globals(): its plain values, but for _names and CONSTANTS. argv is that of
-    the command line by default. Returns all settings as a dict. Mistakes end the script with one sentence.
+    Overrides the settings in `namespace`, a script's globals(): its plain values, but for _names and CONSTANTS. argv is
+    that of the command line by default. Returns all settings as a dict. Mistakes end the script with one sentence.
     """
     argv, here = list(sys.argv[1:] if argv is None else argv), os.path.dirname(os.path.abspath(__file__))
     settings = {key: value for key, value in namespace.items() if isinstance(value, (bool, int, float, str, tuple))

@@ -1,15 +1,15 @@
 """
 LapFlow, Laplacian Multi-scale Flow Matching (ICLR 2026): the paper's mathematics and its network, in one file.
 
-An image is split into a Laplacian pyramid. Each scale of the pyramid has its own path from noise to data, the coarse ones
-start early and the fine ones late, and one transformer learns the velocities of all scales together.
+An image is split into a Laplacian pyramid. Each scale has its own path from noise to data, the coarse ones start early
+and the fine ones late, and one transformer learns the velocities of all scales together.
 
 Conventions, the same in every file:
 - Time: t = 0 is noise, t = 1 is data.
 - Scales: k = 0 is the finest, K-1 the coarsest. Lists of scales are finest first, None where a scale is not active.
 - T = (T_1, ..., T_{K-1}), decreasing, with T_0 = 1 and T_K = 0. Scale k starts at T_{k+1} and ends, as data, at 1.
-- Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its images are ordered by stage and scale k holds
-  the first B_k of them, those with stage <= k, so B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
+- Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its images are ordered by stage and scale k
+  holds the first B_k of them, those with stage <= k, so B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
 - Shapes: B batch, C channels, H W grid, N tokens, D width.
 """
 import math
@@ -58,7 +58,8 @@ def reconstruct(pyramid):
 
 def path(t, start, kind='linear'):
     """
-    Eq. (4a), Eq. (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start` = T_{k+1}.
+    Eq. (4a), Eq. (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start`,
+    T_{k+1}.
 
     t is a tensor of any shape with values in [start, 1]; kind is 'linear', 'gvp', 'quadratic' or 'cubic' (the last two
     decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape.
@@ -85,10 +86,28 @@ def velocity(x1, x0, t, start, kind='linear'):
     return d_alpha * x1 + d_sigma * x0
 
 
-def stage_times(stage, uniform, T):
-    """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,)."""
-    start = torch.tensor((*T, 0.0), device=uniform.device, dtype=uniform.dtype)[stage]
-    return start + (1 - start) * uniform
+def stage_times(stage, uniform, config):
+    """
+    Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,). Pyramidal Flow trains a
+    stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s].
+    """
+    times = torch.tensor((1.0, *config.T, 0.0), device=uniform.device, dtype=uniform.dtype)
+    end = times[stage] if config.flow == 'pyramidal' else 1
+    return times[stage + 1] + (end - times[stage + 1]) * uniform
+
+
+def pyramidal_flow(x1, x0, t, k, T):
+    """
+    Pyramidal Flow (Appendix F, Alg. 3, lines 9 to 13): state and velocity of stage k, a straight line from a start
+    point at s_k = T_{k+1} to an end point at e_k = T_k. x1 data and x0 noise are full images, (B, C, H, W), t is (B,);
+    both results are (B, C, H/2^k, W/2^k).
+    """
+    e, s = ((1.0, *T, 0.0)[j] for j in (k, k + 1))
+    data, noise = F.avg_pool2d(x1, 2 ** k), F.avg_pool2d(x0, 2 ** k)
+    x_s = (s * up(down(data)) if s else 0) + (1 - s) * noise
+    x_e = e * data + (1 - e) * noise
+    u = (x_e - x_s) / (e - s)
+    return x_s + (t - s).view(-1, 1, 1, 1) * u, u
 
 
 def states_and_targets(x1, x0, t, counts, config):
@@ -97,22 +116,34 @@ def states_and_targets(x1, x0, t, counts, config):
 
     x1 data and x0 noise are (B, C, H, W) with their images ordered by stage, t (B,), counts = (B_0, ..., B_{K-1}).
     Returns two lists of K tensors, scale k of shape (B_k, C, H/2^k, W/2^k).
+
+    The other flows train one scale per image: scale k has the B_k - B_{k-1} images of stage k. EdifyImage's state and
+    velocity (Appendix E, Alg. 5, Eq. (14), Eq. (15)) are those of LapFlow's scales >= k put together by Eq. (2): its
+    mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)).
     """
-    x_t, u = [], []
-    pyramids = zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K))
-    for n, start, (data, noise) in zip(counts, (*config.T, 0.0), pyramids):
-        x_t.append(noisy_state(data[:n], noise[:n], t[:n], start, config.path))
-        u.append(velocity(data[:n], noise[:n], t[:n], start, config.path))
+    pyramids = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), (*config.T, 0.0))]
+    x_t, u, first = [], [], 0
+    for k, last in enumerate(counts):
+        rows = slice(0 if config.flow == 'lapflow' else first, last)
+        if config.flow == 'pyramidal':
+            state, target = pyramidal_flow(x1[rows], x0[rows], t[rows], k, config.T)
+        else:
+            scales = [(data[rows], noise[rows], t[rows], start, config.path) for data, noise, start in pyramids[k:]]
+            scales = scales[:1] if config.flow == 'lapflow' else scales
+            state, target = (reconstruct([f(*scale) for scale in scales]) for f in (noisy_state, velocity))
+        x_t.append(state)
+        u.append(target)
+        first = last
     return x_t, u
 
 
-def multiscale_loss(v, u, weights):
+def multiscale_loss(v, u, weights, B):
     """
-    Eq. (7) over a packed batch: the sum over scales of w_k (B_k / B) mean (v - u)^2, the share of images that Alg. 1
-    would train scale k with. v and u are lists of K tensors. Returns the loss and the K means, finest first.
+    Eq. (7) over a packed batch of B images: the sum over scales of w_k (B_k / B) mean (v - u)^2, where B_k / B is the
+    share of images that Alg. 1 trains scale k with. v and u are lists of K tensors. Returns the loss and the K means.
     """
     errors = torch.stack([F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)])
-    shares = errors.new_tensor([w * len(u_k) / len(u[-1]) for w, u_k in zip(weights, u)])
+    shares = errors.new_tensor([w * len(u_k) / B for w, u_k in zip(weights, u)])
     return (shares * errors).sum(), errors.detach()
 
 
@@ -122,7 +153,7 @@ def multiscale_loss(v, u, weights):
 
 @dataclass
 class LapFlowConfig:
-    """All that is needed to rebuild and sample a model. Raises ValueError, in one sentence, for settings that cannot be."""
+    """All that is needed to rebuild and sample a model. Raises ValueError, one sentence, for settings that cannot be."""
     size: int = 32          # H = W of the finest grid: pixels, or latents of a VAE
     channels: int = 4
     patch: int = 2
@@ -133,7 +164,8 @@ class LapFlowConfig:
     n_classes: int = 0      # 0 is unconditional
     mask: str = 'causal'    # which scales a scale sees: 'causal' (itself and coarser), 'none' (all), 'self' (itself)
     shared: str = ''        # which parts of a block all scales share: any of 'qkv', 'proj', 'ffn', 'mod', with commas
-    path: str = 'linear'
+    path: str = 'linear'    # 'linear', 'gvp', 'quadratic' or 'cubic'
+    flow: str = 'lapflow'   # or a baseline, one scale active at a time: 'pyramidal' (Alg. 3, 4) or 'edify' (Alg. 5, 6)
 
     @property
     def K(self):
@@ -155,7 +187,8 @@ class LapFlowConfig:
             raise ValueError(f'width must divide by 4 and by heads, but it is {self.width} with {self.heads} heads')
         if self.n_classes < 0:
             raise ValueError(f'n_classes must be 0 (unconditional) or more, but it is {self.n_classes}')
-        for name, choices in (('mask', ('causal', 'none', 'self')), ('path', ('linear', 'gvp', 'quadratic', 'cubic'))):
+        for name, choices in (('mask', ('causal', 'none', 'self')), ('path', ('linear', 'gvp', 'quadratic', 'cubic')),
+                              ('flow', ('lapflow', 'pyramidal', 'edify'))):
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, but it is {getattr(self, name)!r}')
         if not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'}:
@@ -200,8 +233,9 @@ def global_attention(qkv, mask):
     Eq. (9): attention over the tokens of all active scales. qkv maps scale k to a (3, B_k, heads, N_k, d) tensor; the
     result maps k to (B_k, N_k, D).
 
-    The block-causal mask M_c is never built: the queries of scale k attend to the joined keys of the scales >= k, and what
-    the mask would hide is not computed. mask 'none' goes through the stages, each a group of images with the same scales.
+    The block-causal mask M_c is never built: the queries of scale k attend to the joined keys of the scales >= k, and
+    what the mask would hide is not computed. mask 'none' goes through the stages, groups of images with the same
+    scales.
     """
     heads_last = lambda x: x.transpose(1, 2).flatten(2)
     if mask != 'none':
@@ -279,7 +313,7 @@ class LapFlow(nn.Module):
         self.checkpoint_blocks = False  # recompute activations in the backward pass: less memory, a third more compute
         D, K, p = config.width, config.K, config.patch
         self.t_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.y_embed = nn.Embedding(config.n_classes + 1, D) if config.n_classes else None   # the last is the null label
+        self.y_embed = nn.Embedding(config.n_classes + 1, D) if config.n_classes else None   # the last: the null label
         self.patch_embed = nn.ModuleList(nn.Linear(config.channels * p * p, D) for _ in range(K))
         for k in range(K):
             table = position_table(config.size // (p * 2 ** k), k, D)
@@ -305,11 +339,17 @@ class LapFlow(nn.Module):
         """
         Eq. (6): the velocities of the active scales.
 
-        x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one scale alone.
-        t: (B,) times, with the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
-        Returns a list like x_t. Finer outputs never change coarser ones under the causal mask.
+        x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one alone.
+        t: (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
+        Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs.
+        The other flows have one scale active at a time: each of several is a batch of its own, with its part of t and
+        y.
         """
-        p = self.config.patch
+        p, sizes = self.config.patch, [0 if x is None else len(x) for x in x_t]
+        if self.config.flow != 'lapflow' and sum(map(bool, sizes)) > 1:
+            parts = zip(t.split(sizes), [None] * self.config.K if y is None else y.split(sizes))
+            alone = lambda k: [x if j == k else None for j, x in enumerate(x_t)]
+            return [self(alone(k), *part)[k] for k, part in enumerate(parts)]
         context = [self.t_embed(sinusoid(1000 * t, 256))]                   # (B, D) each
         if self.y_embed is not None:
             context.append(self.y_embed(torch.full_like(t, self.config.n_classes, dtype=torch.long) if y is None else y))

@@ -2,24 +2,27 @@
 Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
     python sample.py --ckpt out-digits/ckpt.pt                                  # a picture beside the checkpoint
-    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's format: arr_0 uint8 NHWC, arr_1 labels
+    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's: arr_0 uint8 NHWC, arr_1 labels
     python sample.py --ckpt CKPT --num_samples=100 --out=samples/               # one PNG each
     python sample.py --ckpt CKPT --trajectory=True                              # the pyramid through t, as in Figure 1
 
 Noise and label of sample i depend on (seed, i) alone, so fixed-step solvers draw the same images whatever the batch.
 """
+import json
 import os
 import time
 from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torchdiffeq import odeint
+from tqdm import tqdm
 
 from configurator import configure
-from data import launch
-from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct
+from data import decode, launch, load_vae
+from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct, up
 
 ADAPTIVE = ('dopri5', 'dopri8', 'bosh3', 'fehlberg2', 'adaptive_heun')
 FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implicit_adams')
@@ -30,10 +33,10 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
     """
     Alg. 2, LapFlow sampling: images from full-resolution noise.
 
-    noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance tol, or
-    of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs classifier-free
-    guidance v_null + cfg (v_y - v_null), on every channel, in one forward of twice the batch; 1 is the conditional model.
-    frames, a list, receives (t, state) at six times of every segment; a state is a list of K, None where not yet active.
+    noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance
+    tol, or of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs
+    classifier-free guidance, v_null + cfg (v_y - v_null) on every channel, in one forward of twice the batch; 1 is the
+    conditional model. frames, a list, receives (t, state) at six times of every segment, a state being a list of K.
     Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once.
     """
     config, K, B = model.config, model.config.K, len(noise)
@@ -44,19 +47,24 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         nonlocal nfe
         nfe += 1
         t = t.clamp(start, end).expand(B)     # adaptive solvers probe beyond the segment
-        x_t = [None] * k + list(x)
+        x_t = [None] * k + list(x) + [None] * (K - k - len(x))
         if cfg == 1 or y is None:
-            return tuple(model(x_t, t, y)[k:])
+            return tuple(v_k for v_k in model(x_t, t, y) if v_k is not None)
         twice = [None if x_k is None else torch.cat([x_k, x_k]) for x_k in x_t]
-        v = model(twice, torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.n_classes)]))[k:]
-        v_y, v_null = zip(*(v_k.float().chunk(2) for v_k in v))
+        v = model(twice, torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.n_classes)]))
+        v_y, v_null = zip(*(v_k.float().chunk(2) for v_k in v if v_k is not None))
         return tuple(null + cfg * (cond - null) for cond, null in zip(v_y, v_null))
 
     for k in reversed(range(K)):
         start, end = times[k + 1], times[k]
-        # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising.
-        sigma = path(torch.tensor(start), start, config.path)[2].item()
-        state = (sigma * x0[k], *state)
+        # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising. The baselines go on
+        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k): Alg. 4, lines 7, 8; Alg. 6, lines
+        # 4, 6.
+        joining = path(torch.tensor(start), start, config.path)[2].item() * x0[k]
+        if config.flow == 'lapflow':
+            state = (joining, *state)
+        else:
+            state = (joining + up(state[0]) if state else joining,)
         t = torch.linspace(start, end, 2 if frames is None else 6, device=noise.device)
         if method in ADAPTIVE:
             options = dict(step_t=t[-1:])     # land on the segment's end
@@ -68,13 +76,15 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
         state = tuple(x[-1] for x in states)
         if frames is not None:
-            frames += [(t_i.item(), [None] * k + [x[i] for x in states]) for i, t_i in enumerate(t)]
+            idle = [None] * (K - k - len(states))
+            frames += [(t_i.item(), [None] * k + [x[i] for x in states] + idle) for i, t_i in enumerate(t)]
     return reconstruct(state), nfe
 
 
 def noise_of(seed, index, shape):
-    """Standard normal noise of the samples in index, (len(index), *shape) float32, each a function of (seed, i) alone."""
-    return torch.stack([torch.from_numpy(np.random.default_rng((seed, i)).standard_normal(shape, np.float32)) for i in index])
+    """Standard normal noise of the samples in index, (len(index), *shape) float32: each a function of (seed, i)."""
+    noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in index]
+    return torch.from_numpy(np.stack(noise))
 
 
 def to_uint8(x):
@@ -111,28 +121,46 @@ def load_checkpoint(file, device):
     return checkpoint
 
 
-def save_trajectory(file, frames, cell=96):
+def save_trajectory(file, frames, vae, meta, cell=96):
     """
-    The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames of `generate`;
-    in rows the state of every scale, coarsest first, mid-grey for 0, and below them their reconstruction, Eq. (2).
+    The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames of
+    `generate`; in rows the state of every scale, coarsest first, mid-grey for 0 (of latents three channels), and below
+    them their reconstruction, decoded.
     """
     columns = []
     for t, state in frames:
         title = Image.new('RGB', (cell, 16))
         ImageDraw.Draw(title).text((cell // 2, 8), f't = {t:.2f}', anchor='mm')
         column = [title]
-        for x in [*reversed(state), reconstruct([x for x in state if x is not None])]:
-            picture = Image.new('L', (1, 1)) if x is None else to_picture(to_uint8(x)[0])
+        whole = decode(vae, reconstruct([x for x in state if x is not None]), meta)
+        for x in [*reversed(state), whole]:
+            picture = Image.new('L', (1, 1)) if x is None else to_picture(to_uint8(x)[0, ..., :3])
             column.append(picture.convert('RGB').resize((cell, cell), Image.Resampling.NEAREST))
         columns.append(np.concatenate([np.pad(np.asarray(part), ((2, 2), (2, 2), (0, 0))) for part in column]))
     Image.fromarray(np.concatenate(columns, axis=1)).save(file)
 
 
+def claim(folder, settings):
+    """Writes down what the samples in a folder are of, or ends the script if the folder holds others."""
+    file = os.path.join(folder, 'settings.json')
+    if os.path.exists(file):
+        with open(file) as f:
+            there = json.load(f)
+        changes = [f'{key} is {there.get(key)!r} there and {settings[key]!r} here' for key in settings
+                   if there.get(key) != settings[key]]
+        if changes:
+            raise SystemExit(f'sample.py: {folder} holds other samples ({"; ".join(changes)}): choose another --out')
+    elif os.listdir(folder):
+        raise SystemExit(f'sample.py: {folder} is not empty and not a folder of samples: choose another --out')
+    with open(file, 'w') as f:
+        json.dump(settings, f, indent=1)
+
+
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
-    out = ''                # a picture (.png), .npz, or a folder (ending in /) of PNGs; '' is samples.png beside the checkpoint
+    out = ''                # a picture (.png), .npz, or a folder (ending in /) of PNGs; '': samples.png beside the checkpoint
     num_samples = 100
-    batch_size = 100
+    batch_size = 100        # of each process
     cls = -1                # the class of all samples; -1 goes through the classes in turn
     seed = 0
     trajectory = False      # draw sample 0 through t instead, to trajectory.png
@@ -148,18 +176,20 @@ if __name__ == '__main__':
     globals().update({key: checkpoint['config'][key] for key in ('method', 'steps', 'tol', 'cfg')})
     configure(globals())    # once more, over the checkpoint's defaults
 
-    config = LapFlowConfig(**checkpoint['model_args'])
+    config, meta = LapFlowConfig(**checkpoint['model_args']), checkpoint['data']
+    methods = ADAPTIVE + FIXED
     for wrong, sentence in (
-            (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
+            (method not in methods, f'method must be one of {", ".join(methods)}, but it is {method!r}'),
             (steps < config.K, f'steps must be at least {config.K}, one for each segment, but it is {steps}'),
             (tol <= 0, f'tol must be positive, but it is {tol}'),
-            (num_samples < 1 or batch_size < 1, 'num_samples and batch_size must be at least 1'),
+            (min(num_samples, batch_size) < 1, 'num_samples and batch_size must be at least 1'),
             (seed < 0, f'seed must be 0 or more, but it is {seed}'),
-            (cls >= 0 and not config.n_classes, 'cls needs a class-conditional model, and this one is unconditional'),
-            (not -1 <= cls < max(config.n_classes, 1), f'cls must be -1 (all in turn) or a class below {config.n_classes}, but it is {cls}'),
+            (cls != -1 and not config.n_classes, 'cls needs a class-conditional model, and this one is unconditional'),
+            (not -1 <= cls < max(config.n_classes, 1),
+             f'cls must be -1 (all in turn) or a class below {config.n_classes}, but it is {cls}'),
             (cfg != 1 and not config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional'),
             (dtype not in ('float32', 'bfloat16'), f'dtype must be float32 or bfloat16, but it is {dtype!r}'),
-            (not (out == '' or out.endswith(('.png', '.npz', '/'))), f'out must end in .png, .npz or /, but it is {out!r}'),
+            (out and not out.endswith(('.png', '.npz', '/')), f'out must end in .png, .npz or /, but it is {out!r}'),
             (dtype == 'bfloat16' and method in ADAPTIVE, f'bfloat16 is too coarse for the steps of {method}: '
              f'take a fixed-step method, one of {", ".join(FIXED)}')):
         if wrong:
@@ -167,28 +197,54 @@ if __name__ == '__main__':
     model = LapFlow(config).to(device).eval()
     model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    vae = load_vae(meta, device) if meta['vae'] else None
     out = out or os.path.join(os.path.dirname(ckpt), 'trajectory.png' if trajectory else 'samples.png')
-    images, labels, nfes, started = [], [], [], time.time()
-    for first in range(0, 1 if trajectory else num_samples, batch_size):
-        index = range(first, min(first + batch_size, 1 if trajectory else num_samples))
+    num_samples = 1 if trajectory else num_samples
+    labels = [i % config.n_classes if cls < 0 else cls for i in range(num_samples)] if config.n_classes else None
+
+    # Every process draws every world-th sample, into PNGs of its own or its rows of one array on the disk
+    folder, mine, array_file = out.endswith('/'), range(rank, num_samples, world), f'{out}.partial.npy'
+    if rank == 0:
+        os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+        if folder:
+            claim(out, dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], seed=seed, cls=cls, method=method, steps=steps,
+                            tol=tol, cfg=cfg, dtype=dtype))
+        else:
+            shape = (meta['image_size'], meta['image_size'], 3) if vae else (config.size, config.size, config.channels)
+            np.lib.format.open_memmap(array_file, 'w+', np.uint8, (num_samples, *shape))
+    if world > 1:
+        dist.barrier()
+    if folder:
+        mine = [i for i in mine if not os.path.exists(os.path.join(out, f'{i:06}.png'))]
+    else:
+        images = np.load(array_file, mmap_mode='r+')
+    nfes, frames, started = [], [] if trajectory else None, time.time()
+    for first in tqdm(range(0, len(mine), batch_size), disable=rank > 0 or len(mine) <= batch_size, unit=' batches'):
+        index = mine[first:first + batch_size]
         noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
-        y = torch.tensor([i % config.n_classes if cls < 0 else cls for i in index], device=device) if config.n_classes else None
-        frames = [] if trajectory else None
+        y = torch.tensor([labels[i] for i in index], device=device) if labels else None
         with autocast:
             x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
-        images.append(to_uint8(x))
-        labels += y.tolist() if y is not None else []
         nfes.append(nfe)
-    images = np.concatenate(images)
-    if os.path.dirname(out):
-        os.makedirs(os.path.dirname(out), exist_ok=True)
-    if trajectory:
-        save_trajectory(out, frames)
-    elif out.endswith('.npz'):
-        np.savez(out, arr_0=images, **(dict(arr_1=np.array(labels)) if labels else {}))
-    elif out.endswith('/'):
-        for i, image in enumerate(images):
-            to_picture(image).save(os.path.join(out, f'{i:06}.png'))
-    else:
-        save_grid(out, images)
-    print(f'{len(images)} samples, {method}, NFE {np.mean(nfes):.1f}, {time.time() - started:.1f} s: {out}')
+        for i, image in zip(index, to_uint8(decode(vae, x, meta))):
+            if folder:
+                to_picture(image).save(os.path.join(out, f'{i:06}.png.tmp'), format='png')
+                os.replace(os.path.join(out, f'{i:06}.png.tmp'), os.path.join(out, f'{i:06}.png'))
+            else:
+                images[i] = image
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        if trajectory:
+            save_trajectory(out, frames, vae, meta)
+        elif out.endswith('.npz'):
+            np.savez(f'{out}.tmp.npz', arr_0=images, **(dict(arr_1=np.array(labels)) if labels else {}))
+            os.replace(f'{out}.tmp.npz', out)
+        elif not folder:
+            save_grid(out, images)
+        if not folder:
+            os.remove(array_file)
+        nfe = f'{np.mean(nfes):.1f}' if nfes else '0 (all were there)'
+        print(f'{num_samples} samples, {method}, NFE {nfe}, {time.time() - started:.1f} s: {out}')
+    if world > 1:
+        dist.destroy_process_group()

@@ -4,8 +4,9 @@ Trains LapFlow (Alg. 1), in one process or many. Run the same command again and 
     python train.py config/digits.py
     torchrun --nproc_per_node=8 train.py config/celebahq256.py
 
-Writes out_dir/ckpt.pt, log.csv and samples.png. All that is random in an iteration is drawn for the global batch from (seed,
-iteration), and each process and micro-batch takes a strided share of it: how many there are changes nothing but rounding.
+Writes out_dir/ckpt.pt, log.csv and samples.png. All that is random in an iteration is drawn for the global batch from
+(seed, iteration), and each process and micro-batch takes a strided share of it: how many there are changes nothing but
+rounding.
 """
 import copy
 import math
@@ -48,6 +49,7 @@ n_classes = -1
 mask = 'causal'
 shared = ''
 path = 'linear'
+flow = 'lapflow'
 checkpoint_blocks = False   # activation checkpointing: less memory, more compute
 # optimisation: AdamW
 loss_weights = ()           # w_k of Eq. (7), finest scale first; () is 1 for each
@@ -167,7 +169,7 @@ def draw(n, *key):
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
     stage = torch.arange(n, device=device) * K // n     # stratified: as many images in every stage
-    return noise, stage_times(stage, uniform, T), drop < label_drop
+    return noise, stage_times(stage, uniform, model_config), drop < label_drop
 
 
 def forward(net, index, draws, share):
@@ -179,7 +181,7 @@ def forward(net, index, draws, share):
     x_t, u = states_and_targets(x1, noise, t, counts, model_config)
     with autocast:
         v = net(x_t, t, y)
-    return *multiscale_loss(v, u, loss_weights), counts
+    return *multiscale_loss(v, u, loss_weights, len(t)), [len(u_k) for u_k in u]
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """
 Speed and cost, measured.
 
-    python tests/bench.py --ckpt out-digits/ckpt.pt     # the columns of the paper's Table 1 for a checkpoint, as a line of a table
-    python tests/bench.py                               # this engine against what it replaces: ratios of interleaved repeats
+    python tests/bench.py --ckpt out-digits/ckpt.pt     # the columns of the paper's Table 1 for a checkpoint, as a line
+    of a table python tests/bench.py                               # this engine against what it replaces: ratios of
+    interleaved repeats
 
 A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once.
 """
@@ -128,12 +129,12 @@ class Trainer:
         stage = torch.arange(B, device=self.device) * K // B if self.packing == 'packed' else torch.zeros(B, dtype=torch.long)
         if self.packing == 'one stage a step':
             stage = stage + self.steps % K
-        t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config.T)
+        t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
         x_t, u = states_and_targets(self.x1, self.x0, t, counts, self.config)
         active = [x if n else None for x, n in zip(x_t, counts)]
         with self.autocast():
             v = self.model(active, t, self.y)
-        loss, _ = multiscale_loss([x for x in v if x is not None], [x for x, n in zip(u, counts) if n], (1.0,) * K)
+        loss, _ = multiscale_loss([x for x in v if x is not None], [x for x, n in zip(u, counts) if n], (1.0,) * K, B)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,8 +4,9 @@ Judges digits: a small CNN, trained on data/digits, reads generated samples.
     python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --method=euler --steps=40 --num_samples=2000 --out=X.npz
     python tests/judge.py X.npz
 
-Prints its own held-out accuracy, the share of the samples that it reads as their labels, and the Frechet distance between its
-128 features of the samples and of as many training images (beside it, that of the held-out images: what is perfect).
+Prints its own held-out accuracy, the share of the samples that it reads as their labels, and the Frechet distance
+between its 128 features of the samples and of as many training images (beside it, that of the held-out images: what is
+perfect).
 """
 import os
 import sys

@@ -92,7 +92,7 @@ def test_stage_times_are_uniform_from_the_stages_start():
     """Kolmogorov-Smirnov for each stage; the odds of a false alarm are 3 in 10,000."""
     T, n = (0.67, 0.33), 4000
     stage = torch.arange(3).repeat_interleave(n)
-    t = stage_times(stage, torch.rand(3 * n, dtype=torch.float64), T)
+    t = stage_times(stage, torch.rand(3 * n, dtype=torch.float64), LapFlowConfig(T=T))
     for s, start in enumerate((0.67, 0.33, 0.0)):
         assert scipy.stats.kstest(t[stage == s].numpy(), 'uniform', (start, 1 - start)).pvalue > 1e-4
 
@@ -104,7 +104,7 @@ def test_one_scale_is_plain_flow_matching():
     s = t[:, None, None, None]
     torch.testing.assert_close((x_t, u), (s * x1 + (1 - s) * x0, x1 - x0))
     v = torch.randn_like(u)
-    torch.testing.assert_close(multiscale_loss([v], [u], (1.0,))[0], ((v - u) ** 2).mean())
+    torch.testing.assert_close(multiscale_loss([v], [u], (1.0,), 5)[0], ((v - u) ** 2).mean())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,9 +248,9 @@ def test_packed_stages_equal_algorithm_1_image_by_image(mask, weights):
     config, B = model.config, 7
     x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
     stage, y = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.randint(6, (B,))
-    t = stage_times(stage, torch.rand(B, dtype=torch.float64), config.T)
+    t = stage_times(stage, torch.rand(B, dtype=torch.float64), config)
     x_t, u = states_and_targets(x1, x0, t, (3, 5, 7), config)
-    loss, _ = multiscale_loss(model(x_t, t, y), u, weights)
+    loss, _ = multiscale_loss(model(x_t, t, y), u, weights, B)
     packed = torch.autograd.grad(loss, list(model.parameters()))
 
     expected, T = 0, (1.0, *config.T, 0.0)

@@ -18,7 +18,7 @@ class Oracle:
 
     def __init__(self, velocity, T, kind='linear', n_classes=0):
         self.velocity, self.calls = velocity, []
-        self.config = SimpleNamespace(T=T, K=len(T) + 1, path=kind, n_classes=n_classes)
+        self.config = SimpleNamespace(T=T, K=len(T) + 1, path=kind, n_classes=n_classes, flow='lapflow')
 
     def __call__(self, x_t, t, y=None):
         self.calls.append(([k for k, x in enumerate(x_t) if x is not None], t, y))
@@ -71,8 +71,9 @@ def test_the_state_at_every_handover_is_the_training_state(kind):
 @pytest.mark.parametrize('kind', PATHS)
 def test_handovers_have_the_marginal_of_gaussian_data(kind):
     """
-    Data N(0, s^2 I) at every scale. The marginal at t is N(0, v), v(t) = alpha^2 s^2 + sigma^2 n with n the variance of the scale's
-    noise, the flow's velocity is x v'(t) / 2v(t), and its solution x(t) = x(start) sqrt(v(t) / v(start)): in closed form.
+    Data N(0, s^2 I) at every scale. The marginal at t is N(0, v), v(t) = alpha^2 s^2 + sigma^2 n with n the variance of
+    the scale's noise, the flow's velocity is x v'(t) / 2v(t), and its solution x(t) = x(start) sqrt(v(t) / v(start)):
+    in closed form.
     """
     T, x0 = (0.67, 0.33), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     s2, noise = (0.3, 0.5, 2.0), laplacian_pyramid(x0, 3)

@@ -94,6 +94,7 @@ def test_processes_and_accumulation_change_nothing_but_rounding(how, trained, wo
 
 @pytest.mark.parametrize('changes', (('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3'), ('--T=()', '--mask=none', '--ema_decay=0.0'),
                                      ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'), ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
+                                     ('--flow=pyramidal', '--T=0.67,0.33', '--patch=2', '--shared=qkv,proj,ffn,mod'), ('--flow=edify',),
                                      ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60')))
 def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp_path):
     printed, message = run('train.py', *TINY, '--max_iters=2', '--eval_interval=2', f'--out_dir={tmp_path}', *changes)
@@ -107,7 +108,8 @@ def test_training_lowers_the_loss(run, tmp_path):
     run('train.py', *TINY, '--max_iters=40', '--eval_interval=20', f'--out_dir={tmp_path}', '--learning_rate=4e-3', '--sample_images=1')
     first, last = [row for row in losses(tmp_path) if row['heldout_0']]
     assert float(last['heldout_0']) < float(first['heldout_0']) and float(last['heldout_1']) < float(first['heldout_1'])
-    # untrained, the outputs are 0 and the errors the mean squares of the targets: 0.75 + 4 mean r^2 and 0.25 + mean x^2 at least
+    # untrained, the outputs are 0 and the errors the mean squares of the targets: 0.75 + 4 mean r^2 and 0.25 + mean x^2
+    # at least
     assert float(last['heldout_0']) < 0.75 and float(last['heldout_1']) < 0.6
 
 

@@ -1,0 +1,178 @@
+"""
+LapFlow and the two baselines, Pyramidal Flow and EdifyImage: their training states against the paper's algorithms as
+printed, and their samplers against those states: exactly for known data, and in mean and covariance for Gaussian data.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, stage_times, states_and_targets, up
+from sample import generate
+from test_model import small
+
+FLOWS = ('lapflow', 'pyramidal', 'edify')
+TIMES = {1: (), 2: (0.5,), 3: (0.67, 0.33), 4: (0.75, 0.5, 0.25)}
+down_by = lambda x, n: F.avg_pool2d(x, n)
+
+
+def config_of(flow, T, size=16, channels=2, **changes):
+    return LapFlowConfig(size=size, channels=channels, patch=1, width=8, depth=1, heads=1, T=T, flow=flow, **changes)
+
+
+def one_stage(x1, x0, t, s, config):
+    """States and targets of the scales that stage s trains, for images that are all in stage s."""
+    counts = [len(x1) if k >= s else 0 for k in range(config.K)]
+    states, targets = states_and_targets(x1, x0, t, counts, config)
+    return [x for x in states if len(x)], [u for u in targets if len(u)]
+
+
+@pytest.mark.parametrize('k', (0, 1, 2))
+def test_pyramidal_states_are_algorithm_3(k):
+    T, s, e = (0.67, 0.33), (0.67, 0.33, 0.0)[k], (1.0, 0.67, 0.33)[k]
+    x1, x0 = torch.randn(2, 5, 2, 16, 16, dtype=torch.float64)
+    t = s + (e - s) * torch.rand(5, dtype=torch.float64)
+    noise = down_by(x0, 2 ** k)                                                                     # line 9
+    x_s = s * up(down_by(x1, 2 ** (k + 1))) + (1 - s) * noise                                       # line 10
+    x_e = e * down_by(x1, 2 ** k) + (1 - e) * noise                                                 # line 11
+    a, b = ((e - t) / (e - s)).view(-1, 1, 1, 1), ((t - s) / (e - s)).view(-1, 1, 1, 1)
+    (state,), (target,) = one_stage(x1, x0, t, k, config_of('pyramidal', T))
+    torch.testing.assert_close((state, target), (a * x_s + b * x_e, (x_e - x_s) / (e - s)))         # lines 12, 13
+
+
+@pytest.mark.parametrize('k', (0, 1, 2))
+def test_edify_states_are_equation_14_and_their_derivative(k):
+    T, starts = (0.67, 0.33), (0.67, 0.33, 0.0)
+    x1, x0 = torch.randn(2, 5, 2, 16, 16, dtype=torch.float64)
+    t = starts[k] + (1 - starts[k]) * torch.rand(5, dtype=torch.float64)
+    pyramid = laplacian_pyramid(x1, 3)
+
+    def equation_14(t):
+        mu = 0
+        for j in range(k, 3):
+            part = ((t - starts[j]) / (1 - starts[j])).view(-1, 1, 1, 1) * pyramid[j]
+            for _ in range(j - k):
+                part = up(part)
+            mu = mu + part
+        return (1 - t).view(-1, 1, 1, 1) * down_by(x0, 2 ** k) + mu
+    expected, derivative = torch.func.jvp(equation_14, (t,), (torch.ones_like(t),))                 # Eq. (15)
+    (state,), (target,) = one_stage(x1, x0, t, k, config_of('edify', T))
+    torch.testing.assert_close((state, target), (expected, derivative))
+    noise = laplacian_pyramid(x0, 3)    # and it is the reconstruction of LapFlow's pyramid
+    scales = [noisy_state(pyramid[j], noise[j], t, starts[j]) for j in range(k, 3)]
+    torch.testing.assert_close(state, reconstruct(scales))
+
+
+def test_stage_times_of_the_baselines():
+    stage, uniform = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0.0, 1.0] * 3)
+    for flow, expected in (('edify', [0.67, 1, 0.33, 1, 0, 1]), ('pyramidal', [0.67, 1, 0.33, 0.67, 0, 0.33])):
+        torch.testing.assert_close(stage_times(stage, uniform, config_of(flow, (0.67, 0.33))), torch.tensor(expected))
+
+
+class Guide:
+    """Stands in for a network that knows each image's data and noise: its velocity is the training target."""
+
+    def __init__(self, config, x1, x0):
+        self.config, self.x1, self.x0 = config, x1, x0
+
+    def __call__(self, x_t, t, y=None):
+        active = [k for k, x in enumerate(x_t) if x is not None]
+        _, targets = one_stage(self.x1, self.x0, t.double(), active[0], self.config)
+        return [targets[active.index(k)] if k in active else None for k in range(self.config.K)]
+
+
+@pytest.mark.parametrize('flow', FLOWS)
+@pytest.mark.parametrize('K', (1, 2, 3, 4))
+def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, K):
+    """With the same noise in training and sampling the sampler walks through the training states, hand-overs included."""
+    config = config_of(flow, TIMES[K])
+    x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
+    frames, times = [], (1.0, *TIMES[K], 0.0)
+    x, _ = generate(Guide(config, x1, x0), x0, method='euler', steps=20, frames=frames)
+    torch.testing.assert_close(x, x1, atol=1e-6, rtol=0)
+    for i, (t, state) in enumerate(frames):
+        s = K - 1 - i // 6      # six frames a segment
+        t = torch.tensor([t] * 3).double().clamp(times[s + 1], times[s])
+        expected, _ = one_stage(x1, x0, t, s, config)
+        torch.testing.assert_close([x for x in state if x is not None], expected, atol=1e-6, rtol=0)
+
+
+class Gaussian:
+    """
+    The best possible network for data N(0, Sigma): states and targets are linear in (x1, x0), so that E[u | x_t] =
+    Cov(u, x_t) Cov(x_t)^-1 x_t with covariances found by pushing unit vectors through `states_and_targets`. For LapFlow
+    it sees the whole state.
+    """
+
+    def __init__(self, config, root):
+        self.config, n = config, config.size ** 2
+        unit, zero = torch.eye(n, dtype=torch.float64).view(n, 1, config.size, config.size), torch.zeros(n, 1, config.size, config.size).double()
+        self.x1 = torch.cat([root.T.reshape_as(unit), zero])    # rows: the factors of data, then those of noise
+        self.x0 = torch.cat([zero, unit])
+
+    def factors(self, t, s):
+        """Matrices M, U with x_t = M^T z and u = U^T z for z ~ N(0, I), scales joined."""
+        states, targets = one_stage(self.x1, self.x0, torch.full((len(self.x1),), t, dtype=torch.float64), s, self.config)
+        return torch.cat([x.flatten(1) for x in states], 1), torch.cat([u.flatten(1) for u in targets], 1)
+
+    def __call__(self, x_t, t, y=None):
+        active = [k for k, x in enumerate(x_t) if x is not None]
+        M, U = self.factors(t[0].item(), active[0])
+        x = torch.cat([x_t[k].flatten(1) for k in active], 1)
+        v = x @ torch.linalg.pinv(M.T @ M, rtol=1e-10, hermitian=True) @ (M.T @ U)
+        parts = v.split([x_t[k][0].numel() for k in active], dim=1)
+        return [parts[active.index(k)].view_as(x_t[k]) if k in active else None for k in range(self.config.K)]
+
+
+@pytest.mark.parametrize('flow', FLOWS)
+@pytest.mark.parametrize('T', ((0.5,), (0.6, 0.3)))
+def test_samples_and_every_handover_have_the_training_covariance(flow, T):
+    """The sampler is linear in its noise here: unit vectors of noise show the exact covariance of what it draws."""
+    config = config_of(flow, T, size=8, channels=1)
+    n = config.size ** 2
+    place = torch.arange(n)
+    distance = (place[:, None] // 8 - place[None, :] // 8).abs() + (place[:, None] % 8 - place[None, :] % 8).abs()
+    covariance = 1.5 * 0.8 ** distance.double()             # neighbouring pixels are alike, as in images
+    gaussian, frames = Gaussian(config, torch.linalg.cholesky(covariance)), []
+    unit = torch.eye(n, dtype=torch.float64).view(n, 1, 8, 8)
+    x, _ = generate(gaussian, unit, method='rk4', steps=60, frames=frames)
+    # Exact where the best velocity depends on nothing but the state that the sampler has, as for the baselines;
+    # LapFlow's too.
+    torch.testing.assert_close(x.flatten(1).T @ x.flatten(1), covariance, atol=5e-3, rtol=0)
+    for s in reversed(range(config.K)):
+        for i in (0, 5):        # the first and last frame of the segment
+            t, state = frames[6 * (config.K - 1 - s) + i]
+            drawn = torch.cat([x.flatten(1) for x in state if x is not None], 1)
+            M, _ = gaussian.factors(t, s)
+            torch.testing.assert_close(drawn.T @ drawn, M.T @ M, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize('k', (1, 2))
+def test_renoising_has_the_covariance_of_appendix_F2(k):
+    """Noise that joins scale k-1 in a 2x2 patch: 3/4^k times 1 on the diagonal and -1/3 off it; patches are independent."""
+    unit = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
+    joining = laplacian_pyramid(unit, 3)[k - 1]
+    side = joining.shape[-1]
+    patches = joining.view(64, side // 2, 2, side // 2, 2).permute(0, 1, 3, 2, 4).reshape(64, -1)    # 2x2 patch by patch
+    block = 3 / 4 ** k * (torch.eye(4) * 4 / 3 - 1 / 3).double()
+    torch.testing.assert_close(patches.T @ patches, torch.block_diag(*[block] * (side // 2) ** 2))
+
+
+@pytest.mark.parametrize('flow', ('pyramidal', 'edify'))
+def test_one_forward_of_packed_stages_equals_stage_by_stage(flow):
+    model = small(flow=flow, shared='qkv,proj,ffn,mod' if flow == 'pyramidal' else '')
+    config, B = model.config, 6
+    x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
+    stage, y = torch.tensor([0, 0, 0, 1, 1, 2]), torch.randint(6, (B,))
+    t = stage_times(stage, torch.rand(B, dtype=torch.float64), config)
+    x_t, u = states_and_targets(x1, x0, t, (3, 5, 6), config)
+    assert [len(x) for x in x_t] == [3, 2, 1]
+    loss, _ = multiscale_loss(model(x_t, t, y), u, (1.0, 2.0, 3.0), B)
+    expected = 0
+    for i in range(B):
+        s = int(stage[i])
+        (state,), (target,) = one_stage(x1[i:i + 1], x0[i:i + 1], t[i:i + 1], s, config)
+        output = model([state if k == s else None for k in range(3)], t[i:i + 1], y[i:i + 1])[s]
+        expected += (1, 2, 3)[s] * ((output - target) ** 2).mean() / B
+    torch.testing.assert_close(loss, expected)
+    for ours, plain in zip(*(torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
