@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from data import Dataset, launch, training_order
+from data import Dataset, decode, launch, load_vae, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
 from sample import FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
 
@@ -130,6 +130,7 @@ model = LapFlow(model_config).to(device)
 model.checkpoint_blocks = checkpoint_blocks
 parameters = list(model.parameters())
 optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+vae = load_vae(data.meta, device) if master and data.meta['vae'] else None
 ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
 iteration = 0
 
@@ -156,18 +157,23 @@ if os.path.exists(ckpt_path):
 
 
 def draw(n, *key):
-    """Noise (n, C, H, W), times (n,) and label drops (n,) for n images packed by stage, from (seed, *key) alone."""
+    """
+    Noise (n, C, H, W), times, label drops and mirror flips (n,) and the VAE's noise for n images packed by stage, from
+    (seed, *key) alone.
+    """
     generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]))
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
     stage = torch.arange(n, device=device) * K // n     # stratified: as many images in every stage
-    return noise, stage_times(stage, uniform, T), drop < label_drop
+    flip = np.random.default_rng((seed, *key)).random(n) < 0.5     # on the CPU, where the images are read
+    eps = torch.randn(noise.shape, generator=generator, device=device) if data.meta['vae'] else None
+    return noise, stage_times(stage, uniform, T), drop < label_drop, flip, eps
 
 
 def forward(net, index, draws, share):
     """The loss and the scales' errors on a share, a slice, of the images in index with their draws (Algorithm 1)."""
-    noise, t, drop = (drawn[share] for drawn in draws)
-    x1, y = data.batch(index[share], device)
+    noise, t, drop, flip, eps = (drawn if drawn is None else drawn[share] for drawn in draws)
+    x1, y = data.batch(index[share], device, flip, eps)
     y = torch.where(drop, n_classes, y) if n_classes else None
     counts = [len(range(-(-len(index) * (k + 1) // K))[share]) for k in range(K)]     # B_k: images with stage <= k
     x_t, u = states_and_targets(x1, noise, t, counts, model_config)
@@ -189,7 +195,7 @@ def evaluate():
     y = samples.to(device) % n_classes if n_classes else None
     with autocast if method in FIXED else nullcontext():
         x, _ = generate(net, noise_of(seed, samples.tolist(), (channels, size, size)).to(device), y, method, steps, tol, cfg)
-    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(x))
+    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(decode(vae, x, data.meta) if vae else x))
     return ((torch.stack(errors) * counts).sum(0) / counts.sum(0)).tolist()
 
 
