@@ -8,7 +8,7 @@ Prepared datasets: folders that training maps into memory.
     latents.npy   N x flips x 2C x h x w float16: a VAE's posterior mean and std, unscaled, of images and mirror images
     labels.npy    N int64: the class of each image
     meta.json     from what and how it was made. `size` is the grid that the model sees, of pixels or latents, and
-                  `image_size` that of the images; the last `heldout` are not trained on; `flips` is 2 if training mirrors
+                  `image_size` that of the images; the last `heldout` are not trained on; `flips` 2: training mirrors
 
 Run the same command again and it goes on where it stopped. The built-in dataset is `digits`: grey 32 x 32 digits in
 Pillow's own font, made on first use, in seconds, without a download.
@@ -151,9 +151,11 @@ def center_crop(image, size):
 def load_vae(meta, device):
     """The VAE that a dataset's meta names; ends the script if it makes other latents than the dataset's."""
     from diffusers import AutoencoderKL
-    inside = dict(subfolder='vae') if os.path.isdir(os.path.join(meta['vae'], 'vae')) else {}
+    options = dict(low_cpu_mem_usage=False)     # or it complains that accelerate is not installed
+    if os.path.isdir(os.path.join(meta['vae'], 'vae')):
+        options['subfolder'] = 'vae'
     try:
-        vae = AutoencoderKL.from_pretrained(meta['vae'], **inside).requires_grad_(False).eval().to(device)
+        vae = AutoencoderKL.from_pretrained(meta['vae'], **options).requires_grad_(False).eval().to(device)
     except (OSError, ValueError) as error:
         raise SystemExit(f'data.py: vae must be a folder or the Hugging Face id of an AutoencoderKL, and with '
                          f'{meta["vae"]!r} there is an error: {error}')
@@ -186,7 +188,7 @@ def decode(vae, latents, meta):
 class Dataset:
     """
     A prepared dataset, opened by its folder, or by its name in data/. `meta` is its meta.json; its array is `images` or
-    `latents`, the other is None. The first `n_train` are to train on, the others held out (none held out: both are all).
+    `latents`, the other None. The first `n_train` are to train on, the others held out (none held out: both are all).
     """
 
     def __init__(self, name):
