@@ -1,6 +1,6 @@
 """
-data.py against independent oracles: images made here in known colours, ADM's own code restated, the VAE called directly, and
-runs compared byte by byte.
+data.py against independent oracles: images made here in known colours, ADM's own code restated, the VAE called directly,
+and runs compared byte by byte.
 """
 import csv
 import json
@@ -55,7 +55,8 @@ def vae_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('vae')
     AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.7,
-                  down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
+                  down_block_types=('DownEncoderBlock2D',) * 2,
+                  up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
     return str(folder)
 
 
@@ -64,7 +65,8 @@ def latents(tmp_path_factory, vae_folder):
     """(folder of the latents of 12 pictures of 16 x 16, the arguments that made them, the pictures)."""
     folder = tmp_path_factory.mktemp('latents')
     pictures = make_pictures(folder / 'source', 12)
-    args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--heldout=2', '--device=cpu']
+    args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--heldout=2',
+            '--device=cpu']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['data.py', *args, f'--out={folder / "out"}'])
         runpy.run_path(os.path.join(ROOT, 'data.py'), run_name='__main__')
@@ -156,7 +158,8 @@ def touch(folder, *names):
 
 
 def test_first_level_folders_are_the_classes(tmp_path):
-    touch(tmp_path, 'dog/2.PNG', 'dog/deep/er/1.JPg', 'cat/x.webp', 'cat/.hidden.png', '__MACOSX/cat/x.png', '.git/y.png')
+    touch(tmp_path, 'dog/2.PNG', 'dog/deep/er/1.JPg', 'cat/x.webp')
+    touch(tmp_path, 'cat/.hidden.png', '__MACOSX/cat/x.png', '.git/y.png')
     (tmp_path / 'cat' / 'notes.txt').write_text('no image')
     files = ImageFiles(str(tmp_path))
     assert files.names == ['cat/x.webp', 'dog/2.PNG', 'dog/deep/er/1.JPg'] and len(files) == 3
@@ -191,7 +194,8 @@ def test_a_zip_read_by_threads_equals_the_folder(tmp_path):
             assert image.tobytes() == folder.read(i % 40).tobytes()
 
 
-@pytest.mark.parametrize('width, height, size', [(300, 200, 64), (200, 301, 100), (64, 64, 64), (33, 50, 64), (257, 128, 64)])
+@pytest.mark.parametrize('width, height, size', [
+    (300, 200, 64), (200, 301, 100), (64, 64, 64), (33, 50, 64), (257, 128, 64)])
 def test_the_crop_is_adms(width, height, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -222,8 +226,8 @@ def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
     pictures = make_pictures(tmp_path / 'source', 10)
     shutil.make_archive(str(tmp_path / 'source'), 'zip', tmp_path / 'source')
     for source, out in (('source', 'x'), ('source.zip', 'y')):
-        _, message = run('data.py', f'--source={tmp_path / source}', f'--out={tmp_path / out}/', '--size=16', '--batch_size=4',
-                         '--heldout=3', '--device=cpu')
+        _, message = run('data.py', f'--source={tmp_path / source}', f'--out={tmp_path / out}/', '--size=16',
+                         '--batch_size=4', '--heldout=3', '--device=cpu')
         assert message == ''
     x, y = contents(tmp_path / 'x'), contents(tmp_path / 'y')
     assert set(x) == {'images.npy', 'labels.npy', 'meta.json'} and x['images.npy'] == y['images.npy']
@@ -231,8 +235,8 @@ def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
     prepared = Dataset(str(tmp_path / 'x'))
     assert (prepared.images == np.stack([np.asarray(picture) for picture in pictures])).all()
     assert prepared.labels.tolist() == [0] * 5 + [1] * 5
-    assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10, heldout=3,
-                                 classes=['a', 'b'], flips=2, vae='', corrupt=[])
+    assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10,
+                                 heldout=3, classes=['a', 'b'], flips=2, vae='', corrupt=[])
     assert prepared.n_train == 7 and prepared.heldout.tolist() == [7, 8, 9]
     assert not (tmp_path / 'x.partial').exists()
 
@@ -283,7 +287,8 @@ def test_more_than_one_percent_damaged_stops_until_mended(tmp_path, run, damaged
 
 def test_strict_stops_at_the_first_damaged_image(tmp_path, run, damaged):
     out, message = run('data.py', *damaged[0], '--strict=True')
-    assert message.startswith('data.py: 1 of 202 images cannot be read') and 'a/017.png' in out and 'b/150.png' not in out
+    assert message.startswith('data.py: 1 of 202 images cannot be read')
+    assert 'a/017.png' in out and 'b/150.png' not in out
     assert not (tmp_path / 'x').exists()
 
 
@@ -318,7 +323,8 @@ def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
     first = source / 'a' / '00.png'
     pipe.unlink()
     os.mkfifo(pipe)
-    killed = subprocess.Popen([sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={out}'], stderr=subprocess.DEVNULL)
+    command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={out}']
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         state, started = np.zeros(12), time.time()
         while state.sum() < 8 and time.time() < started + 60 and killed.poll() is None:
@@ -357,9 +363,9 @@ def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={tmp_path / "x"}']
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(
-        os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)))
-        for rank in range(2)]
+    torchrun = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env=torchrun | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
     try:
         (out0, err0), (out1, _) = (process.communicate(timeout=60) for process in processes)
     finally:
@@ -401,7 +407,7 @@ def test_digits_are_the_same_bytes_every_time_and_labels_cycle(tmp_path):
     assert len({image.tobytes() for image in digits.images}) == 35
     x, y = digits.batch(np.array([4, 2]), flip=np.array([True, True]))
     assert x.shape == (2, 1, 32, 32) and y.tolist() == [4, 2]
-    np.testing.assert_allclose(x[0, 0], digits.images[4, :, :, 0] / 127.5 - 1, atol=1e-6)      # digits are never mirrored
+    np.testing.assert_allclose(x[0, 0], digits.images[4, :, :, 0] / 127.5 - 1, atol=1e-6)      # never mirrored
 
 
 def test_a_batch_of_pixels_mirrors_what_it_is_told_to(tmp_path, run):
@@ -411,7 +417,8 @@ def test_a_batch_of_pixels_mirrors_what_it_is_told_to(tmp_path, run):
         run('data.py', f'--source={tmp_path / "source"}', f'--out={out}', '--size=16', f'--flip={flip}', '--device=cpu')
         prepared = Dataset(out)
         x, y = prepared.batch(np.array([3, 0, 3]), flip=np.array([False, True, True]))
-        expected = [pictures[3], ImageOps.mirror(pictures[0]), ImageOps.mirror(pictures[3])] if flip else [pictures[i] for i in (3, 0, 3)]
+        mirror = ImageOps.mirror if flip else Image.Image.copy
+        expected = pictures[3], mirror(pictures[0]), mirror(pictures[3])
         for image, picture in zip(x, expected):
             np.testing.assert_allclose(image.permute(1, 2, 0), np.asarray(picture) / 127.5 - 1, atol=1e-6)
         assert y.tolist() == [1, 0, 1] and prepared.meta['flips'] == 1 + flip
@@ -468,7 +475,8 @@ def test_every_epoch_of_the_training_order_is_a_permutation_whatever_the_batch()
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 5
     for size in (1, 5, 9, 14):
-        assert np.concatenate([training_order(i, min(size, 70 - i), 7, seed=3) for i in range(0, 70, size)]).tolist() == order.tolist()
+        batches = [training_order(i, min(size, 70 - i), 7, seed=3) for i in range(0, 70, size)]
+        assert np.concatenate(batches).tolist() == order.tolist()
     assert training_order(0, 70, 7, seed=4).tolist() != order.tolist()
 
 
@@ -481,8 +489,8 @@ def test_training_on_latents_shares_flips_and_posterior_noise_over_micro_batches
 
     monkeypatch.setattr(Dataset, 'batch', spy)
     for parts in (1, 2):
-        run('train.py', *TINY, '--patch=2', '--max_iters=3', '--learning_rate=0.0', '--min_lr=0.0', f'--dataset={latents[0]}',
-            f'--out_dir={tmp_path / str(parts)}', f'--gradient_accumulation_steps={parts}')
+        run('train.py', *TINY, '--patch=2', '--max_iters=3', '--learning_rate=0.0', '--min_lr=0.0',
+            f'--dataset={latents[0]}', f'--out_dir={tmp_path / str(parts)}', f'--gradient_accumulation_steps={parts}')
         with open(tmp_path / str(parts) / 'log.csv') as f:
             losses.append([float(row['loss']) for row in csv.DictReader(f)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
