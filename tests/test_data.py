@@ -1,5 +1,5 @@
 """
-data.py against independent oracles: images made here in known colours, ADM's own code restated, the VAE called directly,
+data.py against independent oracles: images made here in known colours, ADM's code restated, the VAE called directly,
 and runs compared byte by byte.
 """
 import csv
