@@ -315,6 +315,16 @@ def test_the_meta_of_latents_records_vae_scaling_and_spread(latents, vae_folder)
     assert meta['latent_std'] == pytest.approx(x.std().item(), rel=0.01)
 
 
+def wait_until_done(partial, count, process):
+    """What state.npy says once it counts so many images as done."""
+    state, started = np.zeros(12), time.time()
+    while state.sum() < count and time.time() < started + 60 and process.poll() is None:
+        time.sleep(0.05)
+        if (partial / 'settings.json').exists():
+            state = np.load(partial / 'state.npy')
+    return state.tolist()
+
+
 def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
     folder, args, pictures = latents
     reference = contents(folder)
@@ -326,14 +336,10 @@ def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
     command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={out}']
     killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        state, started = np.zeros(12), time.time()
-        while state.sum() < 8 and time.time() < started + 60 and killed.poll() is None:
-            time.sleep(0.05)
-            if (tmp_path / 'x.partial' / 'settings.json').exists():
-                state = np.load(tmp_path / 'x.partial' / 'state.npy')
+        state = wait_until_done(tmp_path / 'x.partial', 8, killed)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        assert state.tolist() == [1] * 8 + [0] * 4
+        assert state == [1] * 8 + [0] * 4
         array = np.load(tmp_path / 'x.partial' / 'array.npy')
         assert (array[:8] == np.load(folder / 'latents.npy')[:8]).all() and not array[8:].any()
         assert not out.exists()
@@ -359,22 +365,31 @@ def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
 
 def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
     folder, args, _ = latents
+    pipe = folder.parent / 'source' / 'a' / '10.png'        # the sixth by name, in the second process's only chunk
+    content = pipe.read_bytes()
+    pipe.unlink()
+    os.mkfifo(pipe)
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={tmp_path / "x"}']
     torchrun = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                   env=torchrun | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
     try:
-        (out0, err0), (out1, _) = (process.communicate(timeout=60) for process in processes)
+        assert wait_until_done(tmp_path / 'x.partial', 8, processes[0]) == [1] * 4 + [0] * 4 + [1] * 4
+        time.sleep(0.5)
+        assert not (tmp_path / 'x').exists()        # the first process waits for the second
+        pipe.write_bytes(content)
+        out0, out1 = (process.communicate(timeout=60)[0] for process in processes)
+        assert [process.returncode for process in processes] == [0, 0]
+        assert '12 images of 2 classes' in out0 and '12 images' not in out1
+        assert contents(tmp_path / 'x') == contents(folder)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
-    assert '8/8' in err0        # its share: chunks 0 and 2, of 4 images each
-    assert '12 images of 2 classes' in out0 and '12 images' not in out1
-    assert contents(tmp_path / 'x') == contents(folder)
+        pipe.unlink()
+        pipe.write_bytes(content)
 
 
 @pytest.mark.parametrize('args, sentence', [
