@@ -1,21 +1,40 @@
 """
 Prepared datasets: folders that training maps into memory.
 
-    images.npy   N x H x W x C uint8: pixels
-    labels.npy   N int64: the class of each image
-    meta.json    source, size, channels, class names and counts; the last `heldout` images are not trained on
+    python data.py --source=celebahq.zip --out=data/celebahq256 --size=256 --vae=stabilityai/sd-vae-ft-mse
+    torchrun --nproc_per_node=8 data.py ...         # shares the work
 
-The built-in one is `digits`: grey 32 x 32 digits in Pillow's own font, made on first use, in seconds, without a download.
+    images.npy    N x H x W x C uint8: pixels, or
+    latents.npy   N x flips x 2C x h x w float16: a VAE's posterior mean and std, unscaled, of images and mirror images
+    labels.npy    N int64: the class of each image
+    meta.json     from what and how it was made. `size` is the grid that the model sees, of pixels or latents, and
+                  `image_size` that of the images; the last `heldout` are not trained on; `flips` 2: training mirrors
+
+Run the same command again and it goes on where it stopped. The built-in dataset is `digits`: grey 32 x 32 digits in
+Pillow's own font, made on first use, in seconds, without a download.
 """
+import io
 import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from configurator import configure
+
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE, to bound its memory
+TO_DO, DONE, CORRUPT = 0, 1, 2      # what state.npy says of an image
 
 
 def launch(device, backend='auto'):
@@ -32,7 +51,7 @@ def launch(device, backend='auto'):
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        torch.distributed.init_process_group(('nccl' if 'cuda' in device else 'gloo') if backend == 'auto' else backend)
+        dist.init_process_group(('nccl' if 'cuda' in device else 'gloo') if backend == 'auto' else backend)
     return device, rank, world
 
 
@@ -55,7 +74,8 @@ def make_digits(folder, train=20_000, heldout=2_000):
     count, names = train + heldout, [str(d) for d in range(10)]
     labels = np.arange(count) % 10
     images = np.stack([draw_digit(label, np.random.default_rng(i)) for i, label in enumerate(labels)])[..., None]
-    meta = dict(source='digits', size=32, channels=1, count=count, heldout=heldout, classes=names, vae='')
+    meta = dict(source='digits', size=32, image_size=32, channels=1, count=count, heldout=heldout, classes=names,
+                flips=1, vae='', corrupt=[])
     os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
     temporary = tempfile.mkdtemp(dir=os.path.dirname(os.path.abspath(folder)))
     np.save(os.path.join(temporary, 'images.npy'), images)
@@ -69,10 +89,108 @@ def make_digits(folder, train=20_000, heldout=2_000):
         shutil.rmtree(temporary)
 
 
+class ImageFiles:
+    """
+    The images in a folder tree or .zip, sorted by name. First-level folders are classes, unless images lie beside them;
+    a lone folder around everything is not a class, but its subfolders are.
+    """
+
+    def __init__(self, source):
+        self.source, self.zip, self.lock = source, None, Lock()
+        if os.path.isdir(source):
+            found = [os.path.relpath(os.path.join(folder, file), source).replace(os.sep, '/')
+                     for folder, _, files in os.walk(source, followlinks=True) for file in files]
+        elif zipfile.is_zipfile(source):
+            self.zip = zipfile.ZipFile(source)
+            found = self.zip.namelist()
+        else:
+            raise SystemExit(f'data.py: source must be a folder or a .zip of images, and {source!r} is neither')
+        self.names = sorted(name for name in found if name.lower().endswith(ENDINGS)
+                            and not any(part.startswith('.') or part == '__MACOSX' for part in name.split('/')))
+        if not self.names:
+            raise SystemExit(f'data.py: there are no images in {source!r} (looked for {" ".join(ENDINGS)})')
+        around = len(os.path.commonpath([os.path.dirname(name) for name in self.names]))
+        inner = [name[around:].lstrip('/') for name in self.names]
+        classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in inner], return_inverse=True)
+        self.classes = [] if '' in classes else classes.tolist()
+        self.labels = labels if self.classes else np.zeros(len(inner), np.int64)
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i):
+        """Image i, upright, in 8-bit RGB, what is transparent over white. Errors are Pillow's."""
+        if self.zip:
+            with self.lock:
+                data = self.zip.read(self.names[i])
+        else:
+            with open(os.path.join(self.source, self.names[i]), 'rb') as f:
+                data = f.read()
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode == 'F' or image.mode.startswith('I'):     # Pillow would clip these instead of scaling them
+            grey = np.rint(np.asarray(image) / 257)
+            if image.mode == 'F' or grey.min() < 0 or grey.max() > 255:
+                raise ValueError('grey of more than 16 bits has no fixed white')
+            image = Image.fromarray(grey.astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert('RGB')
+
+
+def center_crop(image, size):
+    """ADM's crop, (size, size, 3) uint8: halved with BOX while twice too large, then BICUBIC, then the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def load_vae(meta, device):
+    """The VAE that a dataset's meta names; ends the script if it makes other latents than the dataset's."""
+    from diffusers import AutoencoderKL
+    options = dict(low_cpu_mem_usage=False)     # or it complains that accelerate is not installed
+    if os.path.isdir(os.path.join(meta['vae'], 'vae')):
+        options['subfolder'] = 'vae'
+    try:
+        vae = AutoencoderKL.from_pretrained(meta['vae'], **options).requires_grad_(False).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'data.py: vae must be a folder or the Hugging Face id of an AutoencoderKL, and with '
+                         f'{meta["vae"]!r} there is an error: {error}')
+    found = dict(scaling_factor=vae.config.scaling_factor, channels=vae.config.latent_channels)
+    for key in found:
+        if meta.get(key, found[key]) != found[key]:
+            raise SystemExit(f'data.py: the VAE {meta["vae"]!r} has {key} {found[key]}, but the latents were made with '
+                             f'one that has {meta[key]}: use that one')
+    return vae
+
+
+def encode(vae, images, flips, dtype):
+    """(B, H, W, 3) uint8 images -> what latents.npy holds of them, (B, flips, 2C, h, w) float16."""
+    x = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = []
+    for part in x.split(max(1, PIXELS_PER_CALL // x[0, 0].numel())):
+        with torch.autocast(vae.device.type, dtype, enabled=dtype != torch.float32):
+            views = [vae.encode(view).latent_dist for view in (part, part.flip(-1))[:flips]]
+        latents.append(torch.stack([torch.cat([view.mean, view.std], dim=1) for view in views], dim=1))
+    return torch.cat(latents).half().cpu().numpy()
+
+
+def decode(vae, latents, meta):
+    """Latents (B, C, h, w) as the model sees them -> images (B, 3, H, W), about -1 to 1; vae None: they are images."""
+    if vae is None:
+        return latents
+    # A few at a time, however large. Not vae.enable_tiling(): it takes norms over tiles, which changes the picture.
+    parts = (latents / meta['scaling_factor']).split(max(1, PIXELS_PER_CALL // meta['image_size'] ** 2))
+    return torch.cat([vae.decode(part).sample for part in parts])
+
+
 class Dataset:
     """
-    A prepared dataset, opened by its folder, or by its name in data/. `meta` is its meta.json; of its images the first
-    `n_train` are for training and the others held out (none held out: both are all images).
+    A prepared dataset, opened by its folder, or by its name in data/. `meta` is its meta.json; its array is `images` or
+    `latents`, the other None. The first `n_train` are to train on, the others held out (none held out: both are all).
     """
 
     def __init__(self, name):
@@ -81,18 +199,29 @@ class Dataset:
             print('drawing the digits dataset ...')
             make_digits(folder)
         if not os.path.isfile(os.path.join(folder, 'meta.json')):
-            raise SystemExit(f'no prepared dataset in {folder}: make one with python data.py --source=IMAGES --out={folder}')
+            raise SystemExit(f'no prepared dataset in {folder}: python data.py --source=IMAGES --out={folder}')
         with open(os.path.join(folder, 'meta.json')) as f:
             self.meta = json.load(f)
-        self.images = np.load(os.path.join(folder, 'images.npy'), mmap_mode='r')
+        array = np.load(os.path.join(folder, 'latents.npy' if self.meta['vae'] else 'images.npy'), mmap_mode='r')
+        self.images, self.latents = (None, array) if self.meta['vae'] else (array, None)
         self.labels = np.load(os.path.join(folder, 'labels.npy'))
         self.n_train = self.meta['count'] - self.meta['heldout']
         self.heldout = np.arange(self.n_train if self.meta['heldout'] else 0, self.meta['count'])
 
-    def batch(self, index, device='cpu'):
-        """The images of an index array: (B, C, H, W) float32 in [-1, 1], and their labels, (B,) int64."""
-        x = torch.from_numpy(self.images[index]).to(device).permute(0, 3, 1, 2)
-        return x.float() / 127.5 - 1, torch.from_numpy(self.labels[index]).to(device)
+    def batch(self, index, device='cpu', flip=None, eps=None):
+        """
+        What the model sees, (B, C, H, W) float32, of the images of an index array, and their labels, (B,) int64: pixels
+        in [-1, 1] or scaled latents. flip, a (B,) bool array, says which to mirror if the dataset was made for it; eps,
+        (B, C, H, W) on the device, is the noise that draws latents from the VAE's posterior (None: its mean).
+        """
+        flip = np.zeros(len(index), bool) if flip is None or self.meta['flips'] == 1 else flip
+        y = torch.from_numpy(self.labels[index]).to(device)
+        if self.latents is None:
+            images = self.images[index]
+            images[flip] = images[flip, :, ::-1]
+            return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1, y
+        mean, std = torch.from_numpy(self.latents[index, flip.astype(int)]).to(device).float().chunk(2, dim=1)
+        return (mean if eps is None else mean + std * eps) * self.meta['scaling_factor'], y
 
 
 @lru_cache(maxsize=2)
@@ -103,3 +232,141 @@ def permutation(n, seed, epoch):
 def training_order(first, count, n, seed):
     """The images at positions first .. first + count - 1 of a run over n images: a new permutation every epoch."""
     return np.array([permutation(n, seed, i // n)[i % n] for i in range(first, first + count)])
+
+
+if __name__ == '__main__':
+    source = ''             # a folder or .zip of images; its first-level folders are classes
+    out = ''                # the folder to make
+    size = 256              # of the images, cropped and resized as ADM does
+    vae = ''                # the AutoencoderKL that makes latents: a folder or a Hugging Face id; '' keeps pixels
+    flip = True             # training mirrors half of the images
+    heldout = 0             # this many images are not trained on: the last by name (with classes: of the last class)
+    strict = False          # stop at images that cannot be read, instead of leaving out up to one in a hundred
+    batch_size = 32         # images between two records of progress
+    workers = 8             # threads that read images, in each process
+    device = 'auto'
+    dtype = 'auto'          # of the VAE: float16 on GPUs, else float32; bfloat16 is eight times coarser than float16
+    configure(globals())
+    out = out.rstrip('/')
+    for wrong, sentence in (
+            (not source or not out, 'say what to make of what: python data.py --source=DIR_OR_ZIP --out=data/NAME'),
+            (min(size, batch_size, workers) < 1, 'size, batch_size and workers must be at least 1'),
+            (dtype not in ('auto', 'float32', 'float16', 'bfloat16'), f'there is no dtype {dtype!r}'),
+            (os.path.exists(out) and not os.path.isfile(os.path.join(out, 'meta.json')),
+             f'{out} exists and is no prepared dataset: choose another --out')):
+        if wrong:
+            raise SystemExit(f'data.py: {sentence}')
+    device, rank, world = launch(device, 'gloo')
+    if os.path.exists(out):
+        print(f'{out} is complete: {Dataset(out).meta["count"]} images; to make it anew, delete it first')
+        raise SystemExit
+
+    files = ImageFiles(source)
+    N, flips = len(files), 2 if flip else 1
+    if not 0 <= heldout < N:
+        raise SystemExit(f'data.py: heldout must be 0 or more and less than the {N} images, but it is {heldout}')
+    name, grid, channels, shape, kind = 'images.npy', size, 3, (N, size, size, 3), np.uint8
+    if vae:
+        encoder = load_vae(dict(vae=vae), device)
+        dtype = dtype if dtype != 'auto' else 'float16' if 'cuda' in device else 'float32'
+        factor = 2 ** (len(encoder.config.block_out_channels) - 1)
+        if size % factor:
+            raise SystemExit(f'data.py: with this VAE, size must be a multiple of {factor}, but it is {size}')
+        name, grid, channels, kind = 'latents.npy', size // factor, encoder.config.latent_channels, np.float16
+        shape = (N, flips, 2 * channels, grid, grid)
+
+    # The work is done in a folder beside, where state.npy says of each image whether it is done
+    partial, final = out + '.partial', os.path.join(out + '.partial', 'final')
+    array_file, state_file = os.path.join(partial, 'array.npy'), os.path.join(partial, 'state.npy')
+    settings_file = os.path.join(partial, 'settings.json')
+    settings = dict(source=source, images=f'{N}, names {zlib.crc32(repr(files.names).encode()):08x}', size=size,
+                    vae=vae, flip=flip, heldout=heldout, batch_size=batch_size, dtype=dtype)
+    if rank == 0 and os.path.exists(settings_file) and os.path.exists(array_file):
+        with open(settings_file) as f:
+            there = json.load(f)
+        changes = [f'{key} was {there[key]!r} and is {settings[key]!r}' for key in there if there[key] != settings[key]]
+        if changes:
+            raise SystemExit(f'data.py: {partial} was begun with other settings ({"; ".join(changes)}): '
+                             'continue it with the same ones, or delete it')
+        state = np.load(state_file, mmap_mode='r+')
+        state[state == CORRUPT] = TO_DO     # they may have been mended
+        print(f'continuing {partial}: {(state == DONE).sum()} of {N} images are done')
+    elif rank == 0:
+        os.makedirs(partial, exist_ok=True)
+        needed, free = int(np.prod(shape)) * np.dtype(kind).itemsize, shutil.disk_usage(partial).free
+        if needed > free:
+            raise SystemExit(f'data.py: {out} needs {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free')
+        np.lib.format.open_memmap(array_file, 'w+', kind, shape)
+        np.lib.format.open_memmap(state_file, 'w+', np.uint8, (N,))
+        with open(settings_file + '.tmp', 'w') as f:
+            json.dump(settings, f)
+        os.replace(settings_file + '.tmp', settings_file)
+    if world > 1:
+        dist.barrier()
+
+    def load(i):
+        """The pixels of image i, and '', or the reason why they are black."""
+        try:
+            return center_crop(files.read(i), size), ''
+        except Exception as error:      # damage makes Pillow raise nearly anything; it may name an _io.BytesIO
+            return np.zeros((size, size, 3), np.uint8), str(error).partition(' <')[0] or type(error).__name__
+
+    # Chunks are the same in every run, and so is what the VAE makes of them
+    array, state = np.load(array_file, mmap_mode='r+'), np.load(state_file, mmap_mode='r+')
+    chunks = [range(N)[first:first + batch_size] for first in range(rank * batch_size, N, world * batch_size)]
+    chunks = [chunk for chunk in chunks if not state[chunk].all()]
+    total = sum(map(len, chunks))
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit=' images', disable=rank > 0) as progress:
+        decoding = (pool.map(load, chunk) for chunk in chunks)
+        following = next(decoding, None)
+        for chunk in chunks:
+            images, following = following, next(decoding, None)     # threads go on to the next chunk
+            images, reasons = zip(*images)
+            rows, span = np.stack(images), slice(chunk.start, chunk.stop)
+            for i, reason in zip(chunk, reasons):
+                if reason:
+                    tqdm.write(f'left out: {files.names[i]} ({reason})')
+            if vae:
+                rows = encode(encoder, rows, flips, getattr(torch, dtype))
+                if not np.isfinite(rows).all():
+                    raise SystemExit(f'data.py: the latents are not finite in {dtype}: try --dtype=float32')
+            array[span] = rows
+            array.flush()       # before the record
+            state[span] = [CORRUPT if reason else DONE for reason in reasons]
+            state.flush()
+            corrupt, allowed = (state == CORRUPT).sum(), 0 if strict else N // 100
+            if corrupt > allowed:
+                raise SystemExit(f'data.py: {corrupt} of {N} images cannot be read, and at most {allowed} may be left '
+                                 f'out: mend them and run this again, or remove them and delete {partial}')
+            progress.update(len(chunk))
+    if world > 1:
+        dist.barrier()
+
+    if rank == 0:
+        os.makedirs(final, exist_ok=True)
+        kept, corrupt = np.flatnonzero(state == DONE), np.flatnonzero(state == CORRUPT)
+        meta = dict(source=source, size=grid, image_size=size, channels=channels, count=len(kept), heldout=heldout,
+                    classes=files.classes, flips=flips, vae=vae, corrupt=[files.names[i] for i in corrupt])
+        if vae:
+            some = array[kept[::-(-len(kept) // 1000)]].astype(np.float32)
+            mean, std = np.split(some, 2, axis=2)
+            scale = encoder.config.scaling_factor
+            total_std = round(scale * float(np.sqrt(mean.var() + (std ** 2).mean())), 4)
+            meta |= dict(scaling_factor=scale, latent_std=total_std)
+            print(f'scaling factor {scale}, standard deviation of the scaled latents {total_std}')
+        np.save(os.path.join(final, 'labels.npy'), files.labels[kept])
+        with open(os.path.join(final, 'meta.json'), 'w') as f:
+            json.dump(meta, f, indent=1)
+        if len(corrupt):
+            compact = np.lib.format.open_memmap(os.path.join(final, name), 'w+', kind, (len(kept), *shape[1:]))
+            for row, i in enumerate(kept):
+                compact[row] = array[i]
+            compact.flush()
+        else:
+            os.replace(array_file, os.path.join(final, name))
+        os.rename(final, out)
+        shutil.rmtree(partial)
+        print(f'{out}: {len(kept)} images of {len(files.classes)} classes, {channels} x {grid} x {grid}, '
+              f'{len(corrupt)} left out')
+    if world > 1:
+        dist.destroy_process_group()

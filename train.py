@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from data import Dataset, launch, training_order
+from data import Dataset, decode, launch, load_vae, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
 from sample import ADAPTIVE, FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
 
@@ -108,29 +108,30 @@ if world > 1:
     dist.barrier()
 data = Dataset(dataset)
 size, channels = size or data.meta['size'], channels or data.meta['channels']
-n_classes = len(data.meta['classes']) if n_classes < 0 else n_classes
+classes = len(data.meta['classes'])
+n_classes = classes if n_classes < 0 else n_classes
 model_args = {field.name: globals()[field.name] for field in fields(LapFlowConfig)}
 try:
     model_config = LapFlowConfig(**model_args)
 except ValueError as error:
     raise SystemExit(f'train.py: {error}')
-K = model_config.K
+K, shares = model_config.K, world * gradient_accumulation_steps
 max_iters = epochs * data.n_train // batch_size if epochs else max_iters
 loss_weights = loss_weights or (1.0,) * K
 for wrong, sentence in (
+        (min(eval_interval, log_interval, eval_images, sample_images, batch_size, shares, max_iters) < 1,
+         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters must be at least 1'),
         ((size, channels) != (data.meta['size'], data.meta['channels']),
          f'{dataset} has size {data.meta["size"]} and {data.meta["channels"]} channels, not {size} and {channels}'),
-        (0 < n_classes < len(data.meta['classes']), f'{dataset} has {len(data.meta["classes"])} classes, not {n_classes}'),
-        (min(eval_interval, log_interval, eval_images, sample_images, batch_size, gradient_accumulation_steps, max_iters) < 1,
-         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters must be at least 1'),
+        (0 < n_classes < classes, f'{dataset} has {classes} classes, not {n_classes}'),
+        (cfg != 1 and not n_classes, 'cfg is for class-conditional models: add --cfg=1, or classes'),
         (seed < 0, f'seed must be 0 or more, but it is {seed}'),
         (dtype not in ('float32', 'bfloat16'), f'dtype must be auto, float32 or bfloat16, but it is {dtype!r}'),
         (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
-        (cfg != 1 and not n_classes, 'cfg is for class-conditional models: add --cfg=1, or classes'),
-        (len(loss_weights) != K, f'loss_weights needs one weight for each of the {K} scales, but it is {loss_weights}'),
-        (batch_size % (world * max(gradient_accumulation_steps, 1)) or batch_size < K * world * gradient_accumulation_steps,
-         f'batch_size {batch_size} must split evenly over {world} process(es) x {gradient_accumulation_steps} accumulation '
-         f'step(s), with at least one image for each of the {K} scales')):
+        (len(loss_weights) != K, f'loss_weights must be one for each of the {K} scales, but it is {loss_weights}'),
+        (batch_size % max(shares, 1) or batch_size < K * shares,
+         f'batch_size {batch_size} must split evenly over {world} process(es) x {gradient_accumulation_steps} '
+         f'accumulation step(s), with at least one image for each of the {K} scales')):
     if wrong:
         raise SystemExit(f'train.py: {sentence}')
 torch.manual_seed(seed)
@@ -139,16 +140,20 @@ model.checkpoint_blocks = checkpoint_blocks
 parameters = list(model.parameters())
 optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
+vae = load_vae(data.meta, device) if master and data.meta['vae'] else None
 iteration = 0
 
 # Resume
 ckpt_path, log_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'log.csv')
+changed = lambda there, here: [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here
+                               if there.get(key) != here[key]]
 if os.path.exists(ckpt_path):
     checkpoint = load_checkpoint(ckpt_path, device)
-    for what, there, here in (('model', checkpoint['model_args'], model_args), ('dataset', checkpoint['data'], data.meta)):
-        changes = [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here if there.get(key) != here[key]]
-        if changes:
-            raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changes)}): choose another out_dir')
+    for what, there, here in (('model', checkpoint['model_args'], model_args),
+                              ('dataset', checkpoint['data'], data.meta)):
+        if changed(there, here):
+            raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changed(there, here))}): '
+                             'choose another out_dir')
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])
     if ema is not None:
@@ -157,25 +162,26 @@ if os.path.exists(ckpt_path):
     if iteration >= max_iters:
         print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
         raise SystemExit
-    changes = [f'{key} {checkpoint["config"].get(key)!r} -> {config[key]!r}' for key in config
-               if checkpoint['config'].get(key) != config[key]]
     if master:
-        print(f'resuming {ckpt_path} at iteration {iteration}' + f', changed: {", ".join(changes)}' * bool(changes))
+        print(f'resuming {ckpt_path} at iteration {iteration}', *changed(checkpoint['config'], config), sep='\n  ')
 
 
 def draw(n, *key):
-    """Noise (n, C, H, W), times (n,) and label drops (n,) for n images packed by stage, from (seed, *key) alone."""
+    """Noise (n, C, H, W), times, label drops and mirror flips (n,), and the VAE's noise or None, for n images packed by
+    stage: all that is random about them, from (seed, *key) alone."""
     generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]))
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
     stage = torch.arange(n, device=device) * K // n     # stratified: as many images in every stage
-    return noise, stage_times(stage, uniform, model_config), drop < label_drop
+    flip = np.random.default_rng((seed, *key)).random(n) < 0.5     # on the CPU, where the images are read
+    eps = torch.randn(noise.shape, generator=generator, device=device) if data.meta['vae'] else None
+    return noise, stage_times(stage, uniform, model_config), drop < label_drop, flip, eps
 
 
 def forward(net, index, draws, share):
     """The loss and the scales' errors on a share, a slice, of the images in index with their draws (Alg. 1)."""
-    noise, t, drop = (drawn[share] for drawn in draws)
-    x1, y = data.batch(index[share], device)
+    noise, t, drop, flip, eps = (drawn if drawn is None else drawn[share] for drawn in draws)
+    x1, y = data.batch(index[share], device, flip, eps)
     y = torch.where(drop, n_classes, y) if n_classes else None
     counts = [len(range(-(-len(index) * (k + 1) // K))[share]) for k in range(K)]     # B_k: images with stage <= k
     x_t, u = states_and_targets(x1, noise, t, counts, model_config)
@@ -187,17 +193,17 @@ def forward(net, index, draws, share):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')
 def evaluate():
-    """Saves samples.png and returns every scale's held-out error, at noise and times that never change. EMA weights if any."""
+    """Saves samples.png and returns the scales' held-out errors, at noise and times that never change; by EMA, if any."""
     net = ema or model
     index = data.heldout[:eval_images]
-    draws, parts = draw(len(index), 1), -(-len(index) * world * gradient_accumulation_steps // batch_size)
+    draws, parts = draw(len(index), 1), -(-len(index) * shares // batch_size)
     errors, counts = zip(*(forward(net, index, draws, slice(i, None, parts))[1:] for i in range(parts)))
     counts = torch.tensor(counts, device=device)
-    samples = torch.arange(sample_images)
-    y = samples.to(device) % n_classes if n_classes else None
+    y = torch.arange(sample_images, device=device) % n_classes if n_classes else None
+    noise = noise_of(seed, range(sample_images), (channels, size, size)).to(device)
     with autocast if method in FIXED else nullcontext():
-        x, _ = generate(net, noise_of(seed, samples.tolist(), (channels, size, size)).to(device), y, method, steps, tol, cfg)
-    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(x))
+        x, _ = generate(net, noise, y, method, steps, tol, cfg)
+    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(decode(vae, x, data.meta)))
     return ((torch.stack(errors) * counts).sum(0) / counts.sum(0)).tolist()
 
 
@@ -235,7 +241,7 @@ while iteration < max_iters:
     for micro in range(gradient_accumulation_steps):
         last = micro == gradient_accumulation_steps - 1
         with nullcontext() if last or world == 1 else net.no_sync():
-            share = slice(rank + world * micro, None, world * gradient_accumulation_steps)
+            share = slice(rank + world * micro, None, shares)
             loss = forward(net, index, draws, share)[0] / gradient_accumulation_steps
             loss.backward()
         total += loss.detach()
@@ -256,8 +262,8 @@ while iteration < max_iters:
         dist.all_reduce(total)
         total /= world
     if not finite:
-        raise SystemExit(f'train.py: the gradient is not finite at or before iteration {iteration}; {ckpt_path} is untouched: '
-                         'try a lower learning_rate, more warmup_iters or dtype=float32')
+        raise SystemExit(f'train.py: the gradient is not finite at or before iteration {iteration}; {ckpt_path} is '
+                         'untouched: try a lower learning_rate, more warmup_iters or dtype=float32')
     loss, rate = total.item(), (iteration - logged) * batch_size / (time.time() - clock)
     row = dict(iter=iteration, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(), images_per_s=rate)
     if master and evaluating:
@@ -268,7 +274,8 @@ while iteration < max_iters:
               f'| {ckpt_path} and samples.png written in {time.time() - started:.1f} s')
     if master:
         left = round((max_iters - iteration) * batch_size / rate)
-        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.0f} images/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
+        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
+              f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         with open(log_path, 'a') as f:
             f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
         if wandb_log:

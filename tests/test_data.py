@@ -1,0 +1,517 @@
+"""
+data.py against independent oracles: images made here in known colours, ADM's code restated, the VAE called directly,
+and runs compared byte by byte.
+"""
+import csv
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import data
+from conftest import ROOT, TINY
+from data import Dataset, ImageFiles, center_crop, decode, load_vae, make_digits, training_order
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def blocks(*colours, size=16):
+    """Squares of the colours, side by side: an array with the colours' channels."""
+    return np.concatenate([np.full((size, size, len(colour)), colour, np.uint8) for colour in colours], axis=1)
+
+
+def make_pictures(folder, n, size=16):
+    """n pictures of noise, called a/00.png, b/01.png, a/02.png and so on; returns them in the order of their names."""
+    rng, pictures = np.random.default_rng(0), {}
+    for i in range(n):
+        name = f'{"ab"[i % 2]}/{i:02}.png'
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        pictures[name] = coarse.resize((size, size), Image.Resampling.BICUBIC)
+        pictures[name].save(folder / name)
+    return [pictures[name] for name in sorted(pictures)]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope='session')
+def vae_folder(tmp_path_factory):
+    """A VAE with random weights that halves the grid."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('vae')
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.7,
+                  down_block_types=('DownEncoderBlock2D',) * 2,
+                  up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope='session')
+def latents(tmp_path_factory, vae_folder):
+    """(folder of the latents of 12 pictures of 16 x 16, the arguments that made them, the pictures)."""
+    folder = tmp_path_factory.mktemp('latents')
+    pictures = make_pictures(folder / 'source', 12)
+    args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--heldout=2',
+            '--device=cpu']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['data.py', *args, f'--out={folder / "out"}'])
+        runpy.run_path(os.path.join(ROOT, 'data.py'), run_name='__main__')
+    return folder / 'out', args, pictures
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+def png16(folder, name):
+    values = np.array([[0, 257 * 100, 30_000, 65_535]], np.uint16)
+    Image.fromarray(values).save(folder / name)
+
+
+def tiff32(folder, name):
+    Image.fromarray(np.array([[0, 257 * 100, 30_000, 65_535]], np.int32)).save(folder / name)
+
+
+def palette(folder, name):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert('P')
+    image.putpalette([255, 0, 0, 0, 0, 255, 0, 255, 0])
+    image.save(folder / name, transparency=1)
+
+
+def saved(array, mode, **options):
+    return lambda folder, name: Image.fromarray(array.squeeze()).convert(mode).save(folder / name, **options)
+
+
+def cmyk(folder, name):
+    image = Image.frombytes('CMYK', (32, 16), blocks((0, 255, 255, 0), (255, 255, 0, 0)).tobytes())     # C M Y K
+    image.save(folder / name, **(dict(quality=100) if name.endswith('jpg') else {}))
+
+
+GREYS = [[[0] * 3, [100] * 3, [117] * 3, [255] * 3]]    # 30000 / 65535 of 255 is 116.7
+
+
+@pytest.mark.parametrize('name, make, expected, tolerance', [
+    ('rgb.png', saved(blocks(RED, BLUE), 'RGB'), blocks(RED, BLUE), 0),
+    ('rgb.BMP', saved(blocks(RED, BLUE), 'RGB'), blocks(RED, BLUE), 0),
+    ('rgb.webp', saved(blocks(RED, BLUE), 'RGB', lossless=True), blocks(RED, BLUE), 0),
+    ('rgb.JPEG', saved(blocks(RED, BLUE), 'RGB', quality=100, subsampling=0), blocks(RED, BLUE), 3),
+    ('grey.png', saved(blocks([90], [200]), 'L'), blocks([90] * 3, [200] * 3), 0),
+    ('bit.png', saved(blocks([0], [255]), '1'), blocks([0] * 3, WHITE), 0),
+    ('grey16.png', png16, GREYS, 0),
+    ('grey16.tif', png16, GREYS, 0),
+    ('grey32.tiff', tiff32, GREYS, 0),
+    ('rgba.png', saved(blocks((*RED, 255), (*RED, 0), (200, 30, 60, 51)), 'RGBA'),
+     blocks(RED, WHITE, (244, 210, 216)), 1),       # 0.2 x + 0.8 x 255
+    ('la.png', saved(blocks((0, 255), (0, 0), (100, 51)), 'LA'), blocks([0] * 3, WHITE, [224] * 3), 1),
+    ('palette.png', palette, [[RED, WHITE, (0, 255, 0)]], 0),
+    ('cmyk.tif', cmyk, blocks(RED, BLUE), 0),
+    ('cmyk.jpg', cmyk, blocks(RED, BLUE), 3),
+])
+def test_every_kind_of_image_is_read_in_its_colours(tmp_path, name, make, expected, tolerance):
+    make(tmp_path, name)
+    image = ImageFiles(str(tmp_path)).read(0)
+    assert image.mode == 'RGB'
+    assert np.abs(np.asarray(image).astype(int) - np.array(expected)).max() <= tolerance
+
+
+UPRIGHT = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
+           lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]     # EXIF orientations 1 to 8
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'tif'])
+def test_exif_orientation_is_applied(tmp_path, ending):
+    stored = np.concatenate([blocks(RED, BLUE), blocks(WHITE, (0, 255, 0))])
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = dict(quality=100, subsampling=0) if ending == 'jpg' else {}
+        Image.fromarray(stored).save(tmp_path / f'{orientation}.{ending}', exif=exif, **options)
+    files = ImageFiles(str(tmp_path))
+    for i, upright in enumerate(UPRIGHT):
+        assert np.abs(np.asarray(files.read(i)).astype(int) - upright(stored)).max() <= 3, f'orientation {i + 1}'
+
+
+def test_grey_without_a_fixed_white_is_an_error(tmp_path):
+    Image.fromarray(np.array([[0, 70_000]], np.int32)).save(tmp_path / '0.tif')
+    Image.fromarray(np.array([[0, 0.5]], np.float32)).save(tmp_path / '1.tif')
+    for i in range(2):
+        with pytest.raises(ValueError, match='16 bits'):
+            ImageFiles(str(tmp_path)).read(i)
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4, 4)).save(folder / name, format='PNG')
+
+
+def test_first_level_folders_are_the_classes(tmp_path):
+    touch(tmp_path, 'dog/2.PNG', 'dog/deep/er/1.JPg', 'cat/x.webp')
+    touch(tmp_path, 'cat/.hidden.png', '__MACOSX/cat/x.png', '.git/y.png')
+    (tmp_path / 'cat' / 'notes.txt').write_text('no image')
+    files = ImageFiles(str(tmp_path))
+    assert files.names == ['cat/x.webp', 'dog/2.PNG', 'dog/deep/er/1.JPg'] and len(files) == 3
+    assert files.classes == ['cat', 'dog']
+    assert files.labels.tolist() == [0, 1, 1] and files.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize('names, classes, labels', [
+    (['1.png', '2.png'], [], [0, 0]),
+    (['1.png', 'cat/2.png', 'dog/3.png'], [], [0, 0, 0]),
+    (['all/1.png', 'all/2.png'], [], [0, 0]),
+    (['all/cat/1.png', 'all/dog/2.png'], ['cat', 'dog'], [0, 1]),
+    (['car/1.png', 'cat/2.png'], ['car', 'cat'], [0, 1]),
+])
+def test_lone_folders_and_images_beside_folders_make_no_classes(tmp_path, names, classes, labels):
+    touch(tmp_path, *names)
+    files = ImageFiles(str(tmp_path))
+    assert (files.classes, files.labels.tolist(), files.labels.dtype) == (classes, labels, np.int64)
+
+
+def test_a_zip_read_by_threads_equals_the_folder(tmp_path):
+    make_pictures(tmp_path / 'source', 40)
+    touch(tmp_path / 'source', '__MACOSX/a/._00.png')
+    with zipfile.ZipFile(tmp_path / 'source.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted((tmp_path / 'source').rglob('*'), reverse=True):
+            archive.write(file, file.relative_to(tmp_path / 'source'))
+    folder, archive = ImageFiles(str(tmp_path / 'source')), ImageFiles(str(tmp_path / 'source.zip'))
+    assert folder.names == archive.names and folder.classes == archive.classes == ['a', 'b']
+    assert (folder.labels == archive.labels).all()
+    with ThreadPoolExecutor(8) as pool:
+        for i, image in enumerate(pool.map(archive.read, list(range(40)) * 5)):
+            assert image.tobytes() == folder.read(i % 40).tobytes()
+
+
+@pytest.mark.parametrize('width, height, size', [
+    (300, 200, 64), (200, 301, 100), (64, 64, 64), (33, 50, 64), (257, 128, 64)])
+def test_the_crop_is_adms(width, height, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    def adm(pil_image, image_size):     # guided_diffusion/image_datasets.py: center_crop_arr
+        while min(*pil_image.size) >= 2 * image_size:
+            pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
+        scale = image_size / min(*pil_image.size)
+        pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.BICUBIC)
+        arr = np.array(pil_image)
+        crop_y = (arr.shape[0] - image_size) // 2
+        crop_x = (arr.shape[1] - image_size) // 2
+        return arr[crop_y:crop_y + image_size, crop_x:crop_x + image_size]
+
+    cropped = center_crop(image, size)
+    assert cropped.shape == (size, size, 3) and cropped.dtype == np.uint8
+    assert (cropped == adm(image, size)).all()
+
+
+def test_the_crop_is_the_middle():
+    stripes = blocks(RED, WHITE, BLUE, size=64)
+    for array in (stripes, stripes.swapaxes(0, 1)):
+        assert (center_crop(Image.fromarray(array), 64) == 255).all()
+
+
+# --- Preparing --------------------------------------------------------------------------------------------------------
+
+def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
+    pictures = make_pictures(tmp_path / 'source', 10)
+    shutil.make_archive(str(tmp_path / 'source'), 'zip', tmp_path / 'source')
+    for source, out in (('source', 'x'), ('source.zip', 'y')):
+        _, message = run('data.py', f'--source={tmp_path / source}', f'--out={tmp_path / out}/', '--size=16',
+                         '--batch_size=4', '--heldout=3', '--device=cpu')
+        assert message == ''
+    x, y = contents(tmp_path / 'x'), contents(tmp_path / 'y')
+    assert set(x) == {'images.npy', 'labels.npy', 'meta.json'} and x['images.npy'] == y['images.npy']
+    assert x['labels.npy'] == y['labels.npy']
+    prepared = Dataset(str(tmp_path / 'x'))
+    assert (prepared.images == np.stack([np.asarray(picture) for picture in pictures])).all()
+    assert prepared.labels.tolist() == [0] * 5 + [1] * 5
+    assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10,
+                                 heldout=3, classes=['a', 'b'], flips=2, vae='', corrupt=[])
+    assert prepared.n_train == 7 and prepared.heldout.tolist() == [7, 8, 9]
+    assert not (tmp_path / 'x.partial').exists()
+
+
+def test_a_complete_dataset_is_left_alone(tmp_path, run):
+    make_pictures(tmp_path / 'source', 3)
+    args = f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--device=cpu'
+    run('data.py', *args, '--size=16')
+    before = [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / 'x').iterdir()]
+    out, message = run('data.py', *args, '--size=8')
+    assert 'is complete: 3 images' in out and message == ''
+    assert before == [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / 'x').iterdir()]
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """202 pictures, the grey of each its number, two of them damaged: allowed, just so."""
+    for i in range(202):
+        (tmp_path / 'source' / 'ab'[i > 100]).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8), (i, i, i)).save(tmp_path / 'source' / 'ab'[i > 100] / f'{i:03}.png')
+    whole = (tmp_path / 'source' / 'a' / '017.png').read_bytes()
+    (tmp_path / 'source' / 'a' / '017.png').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'source' / 'b' / '150.png').write_text('<html>not found</html>')
+    return [f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=8', '--device=cpu'], whole
+
+
+def test_damaged_images_are_named_and_left_out_and_the_rest_stays_aligned(tmp_path, run, damaged):
+    out, message = run('data.py', *damaged[0])
+    assert message == '' and 'left out: a/017.png' in out and 'left out: b/150.png' in out and '2 left out' in out
+    prepared = Dataset(str(tmp_path / 'x'))
+    kept = [i for i in range(202) if i not in (17, 150)]
+    assert prepared.meta['count'] == 200 and prepared.meta['corrupt'] == ['a/017.png', 'b/150.png']
+    assert prepared.images.shape == (200, 8, 8, 3) and prepared.images[:, 0, 0, 0].tolist() == kept
+    assert prepared.labels.tolist() == [int(i > 100) for i in kept]
+
+
+def test_more_than_one_percent_damaged_stops_until_mended(tmp_path, run, damaged):
+    args, whole = damaged
+    (tmp_path / 'source' / 'b' / '201.png').write_bytes(whole[:len(whole) // 2])
+    out, message = run('data.py', *args)
+    assert message.startswith('data.py: 3 of 202 images cannot be read') and 'left out: b/201.png' in out
+    assert not (tmp_path / 'x').exists()
+    (tmp_path / 'source' / 'a' / '017.png').write_bytes(whole)
+    assert run('data.py', *args)[1] == ''
+    assert Dataset(str(tmp_path / 'x')).meta['corrupt'] == ['b/150.png', 'b/201.png']
+    assert (Dataset(str(tmp_path / 'x')).images[17] == 17).all()
+
+
+def test_strict_stops_at_the_first_damaged_image(tmp_path, run, damaged):
+    out, message = run('data.py', *damaged[0], '--strict=True')
+    assert message.startswith('data.py: 1 of 202 images cannot be read')
+    assert 'a/017.png' in out and 'b/150.png' not in out
+    assert not (tmp_path / 'x').exists()
+
+
+def test_latents_are_the_posterior_of_the_image_and_of_its_mirror_image(latents, vae_folder):
+    from diffusers import AutoencoderKL
+    folder, _, pictures = latents
+    array, vae = np.load(folder / 'latents.npy'), AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False)
+    assert array.shape == (12, 2, 8, 8, 8) and array.dtype == np.float16
+    for row, picture in zip(array, pictures):
+        for latent, view in zip(row, (picture, ImageOps.mirror(picture))):
+            x = torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1)[None] / 255 * 2 - 1
+            with torch.no_grad():
+                posterior = vae.encode(x).latent_dist
+            expected = torch.cat([posterior.mean, posterior.var.sqrt()], dim=1)[0].numpy()
+            np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_the_meta_of_latents_records_vae_scaling_and_spread(latents, vae_folder):
+    meta = Dataset(str(latents[0])).meta
+    assert (meta['size'], meta['image_size'], meta['channels'], meta['flips'], meta['vae']) == (8, 16, 4, 2, vae_folder)
+    assert meta['scaling_factor'] == 0.7
+    index, flip = np.repeat(np.arange(12), 200), np.arange(2400) % 2 == 1
+    x, _ = Dataset(str(latents[0])).batch(index, flip=flip, eps=torch.randn(2400, 4, 8, 8))
+    assert meta['latent_std'] == pytest.approx(x.std().item(), rel=0.01)
+
+
+def wait_until_done(partial, count, process):
+    """What state.npy says once it counts so many images as done."""
+    state, started = np.zeros(12), time.time()
+    while state.sum() < count and time.time() < started + 60 and process.poll() is None:
+        time.sleep(0.05)
+        if (partial / 'settings.json').exists():
+            state = np.load(partial / 'state.npy')
+    return state.tolist()
+
+
+def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
+    folder, args, pictures = latents
+    reference = contents(folder)
+    source, out = folder.parent / 'source', tmp_path / 'x'
+    pipe = source / 'b' / '07.png'      # the tenth by name, in the last chunk: reading it waits for ever
+    first = source / 'a' / '00.png'
+    pipe.unlink()
+    os.mkfifo(pipe)
+    command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={out}']
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        state = wait_until_done(tmp_path / 'x.partial', 8, killed)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert state == [1] * 8 + [0] * 4
+        array = np.load(tmp_path / 'x.partial' / 'array.npy')
+        assert (array[:8] == np.load(folder / 'latents.npy')[:8]).all() and not array[8:].any()
+        assert not out.exists()
+        for unfinished in (out, tmp_path / 'x.partial'):
+            with pytest.raises(SystemExit, match='no prepared dataset'):
+                Dataset(str(unfinished))
+        Image.new('RGB', (16, 16)).save(first)      # done before: it must not be read again
+        pipe.unlink()
+        pictures[9].save(pipe)
+        _, message = run('data.py', *args, f'--out={out}', '--size=32')
+        assert 'begun with other settings (size was 16 and is 32)' in message and not out.exists()
+        _, message = run('data.py', *args, f'--out={out}', '--vae=')
+        assert 'begun with other settings (vae was' in message and not out.exists()
+        printed, message = run('data.py', *args, f'--out={out}')
+        assert '8 of 12 images are done' in printed and message == ''
+        assert contents(out) == reference and not (tmp_path / 'x.partial').exists()
+    finally:
+        killed.kill()
+        pictures[0].save(first)
+        pipe.unlink(missing_ok=True)
+        pictures[9].save(pipe)
+
+
+def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
+    folder, args, _ = latents
+    pipe = folder.parent / 'source' / 'a' / '10.png'        # the sixth by name, in the second process's only chunk
+    content = pipe.read_bytes()
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, os.path.join(ROOT, 'data.py'), *args, f'--out={tmp_path / "x"}']
+    torchrun = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                  env=torchrun | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    try:
+        assert wait_until_done(tmp_path / 'x.partial', 8, processes[0]) == [1] * 4 + [0] * 4 + [1] * 4
+        time.sleep(0.5)
+        assert not (tmp_path / 'x').exists()        # the first process waits for the second
+        pipe.write_bytes(content)
+        out0, out1 = (process.communicate(timeout=60)[0] for process in processes)
+        assert [process.returncode for process in processes] == [0, 0]
+        assert '12 images of 2 classes' in out0 and '12 images' not in out1
+        assert contents(tmp_path / 'x') == contents(folder)
+    finally:
+        for process in processes:
+            process.kill()
+        pipe.unlink()
+        pipe.write_bytes(content)
+
+
+@pytest.mark.parametrize('args, sentence', [
+    ([], 'say what to make of what'),
+    (['--source=nowhere', '--out=x'], "'nowhere' is neither"),
+    (['--source=empty', '--out=x'], "no images in 'empty'"),
+    (['--source=one', '--out=empty'], 'empty exists and is no prepared dataset'),
+    (['--source=one', '--out=x', '--heldout=1'], 'less than the 1 images'),
+    (['--source=one', '--out=x', '--size=0'], 'at least 1'),
+    (['--source=one', '--out=x', '--dtype=int8'], "no dtype 'int8'"),
+    (['--source=one', '--out=x', '--size=15', '--vae=VAE'], 'multiple of 2'),
+    (['--source=one', '--out=x', '--vae=one'], 'vae must be a folder or the Hugging Face id'),
+])
+def test_mistakes_end_in_a_sentence(run, workplace, vae_folder, args, sentence):
+    (workplace / 'empty').mkdir(exist_ok=True)
+    touch(workplace, 'one/1.png')
+    _, message = run('data.py', *[arg.replace('VAE', vae_folder) for arg in args], '--device=cpu')
+    assert message.startswith('data.py: ') and sentence in message
+    assert not (workplace / 'x').exists()
+
+
+# --- What training and sampling see -----------------------------------------------------------------------------------
+
+def test_digits_are_the_same_bytes_every_time_and_labels_cycle(tmp_path):
+    make_digits(str(tmp_path / 'x'), train=30, heldout=5)
+    make_digits(str(tmp_path / 'y'), train=30, heldout=5)
+    assert contents(tmp_path / 'x') == contents(tmp_path / 'y')
+    digits = Dataset(str(tmp_path / 'x'))
+    assert digits.labels.tolist() == [i % 10 for i in range(35)] and digits.heldout.tolist() == [30, 31, 32, 33, 34]
+    assert len({image.tobytes() for image in digits.images}) == 35
+    x, y = digits.batch(np.array([4, 2]), flip=np.array([True, True]))
+    assert x.shape == (2, 1, 32, 32) and y.tolist() == [4, 2]
+    np.testing.assert_allclose(x[0, 0], digits.images[4, :, :, 0] / 127.5 - 1, atol=1e-6)      # never mirrored
+
+
+def test_a_batch_of_pixels_mirrors_what_it_is_told_to(tmp_path, run):
+    pictures = make_pictures(tmp_path / 'source', 4)
+    for flip in (True, False):
+        out = str(tmp_path / f'x{flip}')
+        run('data.py', f'--source={tmp_path / "source"}', f'--out={out}', '--size=16', f'--flip={flip}', '--device=cpu')
+        prepared = Dataset(out)
+        x, y = prepared.batch(np.array([3, 0, 3]), flip=np.array([False, True, True]))
+        mirror = ImageOps.mirror if flip else Image.Image.copy
+        expected = pictures[3], mirror(pictures[0]), mirror(pictures[3])
+        for image, picture in zip(x, expected):
+            np.testing.assert_allclose(image.permute(1, 2, 0), np.asarray(picture) / 127.5 - 1, atol=1e-6)
+        assert y.tolist() == [1, 0, 1] and prepared.meta['flips'] == 1 + flip
+        assert (prepared.images[0] == np.asarray(pictures[0])).all()    # the file is untouched
+
+
+def test_a_batch_of_latents_draws_from_the_posterior_of_its_flip(latents):
+    prepared, array = Dataset(str(latents[0])), np.load(latents[0] / 'latents.npy').astype(np.float32)
+    read = []
+
+    class Spy:
+        def __getitem__(self, key):
+            read.append(np.load(latents[0] / 'latents.npy', mmap_mode='r')[key])
+            return read[-1]
+
+    prepared.latents = Spy()
+    index, flip, eps = np.array([5, 0, 5]), np.array([True, False, False]), torch.randn(3, 4, 8, 8)
+    x, y = prepared.batch(index, flip=flip, eps=eps)
+    means, _ = prepared.batch(index)
+    assert sum(rows.nbytes for rows in read) == 2 * 3 * 8 * 8 * 8 * 2      # no row more than was asked for, in float16
+    for j in range(3):
+        mean, std = array[index[j], int(flip[j]), :4], array[index[j], int(flip[j]), 4:]
+        np.testing.assert_allclose(x[j], 0.7 * (mean + std * eps[j].numpy()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(means[j], 0.7 * array[index[j], 0, :4], rtol=1e-5, atol=1e-6)
+    assert y.tolist() == [0, 0, 0]
+
+
+def test_decoding_undoes_the_scaling_a_few_images_at_a_time(latents, vae_folder, monkeypatch):
+    meta = Dataset(str(latents[0])).meta
+    vae, x = load_vae(meta, 'cpu'), torch.randn(5, 4, 8, 8)
+    expected, sizes = vae.decode(x / 0.7).sample, []
+    monkeypatch.setattr(data, 'PIXELS_PER_CALL', 2 * 16 * 16)
+    vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    torch.testing.assert_close(decode(vae, x, meta), expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [2, 2, 1] and not vae.training
+
+
+@pytest.mark.parametrize('key, value', [('scaling_factor', 0.18215), ('channels', 16)])
+def test_another_vae_than_that_of_the_latents_is_refused(latents, key, value):
+    meta = Dataset(str(latents[0])).meta | {key: value}
+    with pytest.raises(SystemExit, match=f'made with one that has {value}'):
+        load_vae(meta, 'cpu')
+
+
+def test_a_vae_in_a_folder_of_a_pipeline_is_found(latents, vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / 'pipeline' / 'vae')
+    meta = Dataset(str(latents[0])).meta | dict(vae=str(tmp_path / 'pipeline'))
+    assert load_vae(meta, 'cpu').config.scaling_factor == 0.7
+
+
+def test_every_epoch_of_the_training_order_is_a_permutation_whatever_the_batch():
+    order = training_order(0, 70, 7, seed=3)
+    epochs = order.reshape(10, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+    for size in (1, 5, 9, 14):
+        batches = [training_order(i, min(size, 70 - i), 7, seed=3) for i in range(0, 70, size)]
+        assert np.concatenate(batches).tolist() == order.tolist()
+    assert training_order(0, 70, 7, seed=4).tolist() != order.tolist()
+
+
+def test_training_on_latents_shares_flips_and_posterior_noise_over_micro_batches(latents, tmp_path, run, monkeypatch):
+    seen, batch, losses = [], Dataset.batch, []
+
+    def spy(self, index, device, flip, eps):
+        seen.append((index, flip, eps))
+        return batch(self, index, device, flip, eps)
+
+    monkeypatch.setattr(Dataset, 'batch', spy)
+    for parts in (1, 2):
+        run('train.py', *TINY, '--patch=2', '--max_iters=3', '--learning_rate=0.0', '--min_lr=0.0',
+            f'--dataset={latents[0]}', f'--out_dir={tmp_path / str(parts)}', f'--gradient_accumulation_steps={parts}')
+        with open(tmp_path / str(parts) / 'log.csv') as f:
+            losses.append([float(row['loss']) for row in csv.DictReader(f)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    (_, flip0, eps0), (_, flip1, eps1) = seen[:2]
+    assert len(flip0) == 12 and 0 < sum(flip0) < 12 and (flip0 != flip1).any()
+    assert eps0.shape == (12, 4, 8, 8) and abs(eps0.std() - 1) < 0.1 and (eps0 != eps1).any()
+    assert Image.open(tmp_path / '1' / 'samples.png').size == (160, 32)     # 20 samples, decoded to 16 x 16
+    meta = torch.load(tmp_path / '1' / 'ckpt.pt', weights_only=True)['data']
+    assert meta == json.loads((latents[0] / 'meta.json').read_text())
