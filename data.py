@@ -39,8 +39,8 @@ TO_DO, DONE, CORRUPT = 0, 1, 2      # what state.npy says of an image
 
 def launch(device, backend='auto'):
     """
-    Joins torchrun's process group, if there is one, and settles on a device: 'auto' is cuda, mps or cpu, 'cuda' this process's
-    own GPU. Float32 matrix products may use TF32. Returns (device, rank, world size).
+    Joins torchrun's process group, if there is one, and settles on a device: 'auto' is cuda, mps or cpu, 'cuda' this
+    process's own GPU. Float32 matrix products may use TF32. Returns (device, rank, world size).
     """
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -66,7 +66,8 @@ def draw_digit(label, rng):
     matrix = np.array([[np.cos(angle), np.sin(angle) + shear], [-np.sin(angle), np.cos(angle)]])
     offset = 32 - matrix @ (32 + shift)     # turns about the centre; Pillow maps output pixels to input pixels
     affine = np.column_stack([matrix, offset]).flatten()
-    return np.asarray(canvas.transform(canvas.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(2))
+    turned = canvas.transform(canvas.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    return np.asarray(turned.reduce(2))
 
 
 def make_digits(folder, train=20_000, heldout=2_000):

@@ -153,7 +153,7 @@ def multiscale_loss(v, u, weights, B):
 
 @dataclass
 class LapFlowConfig:
-    """All that is needed to rebuild and sample a model. Raises ValueError, one sentence, for settings that cannot be."""
+    """All that is needed to rebuild and sample a model. Settings that cannot be raise ValueError with one sentence."""
     size: int = 32          # H = W of the finest grid: pixels, or latents of a VAE
     channels: int = 4
     patch: int = 2
@@ -352,7 +352,8 @@ class LapFlow(nn.Module):
             return [self(alone(k), *part)[k] for k, part in enumerate(parts)]
         context = [self.t_embed(sinusoid(1000 * t, 256))]                   # (B, D) each
         if self.y_embed is not None:
-            context.append(self.y_embed(torch.full_like(t, self.config.n_classes, dtype=torch.long) if y is None else y))
+            y = torch.full_like(t, self.config.n_classes, dtype=torch.long) if y is None else y
+            context.append(self.y_embed(y))
         c = F.silu(sum(context))
 
         z = {k: self.patch_embed[k](patchify(x, p)) + getattr(self, f'positions_{k}')

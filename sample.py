@@ -158,7 +158,7 @@ def claim(folder, settings):
 
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
-    out = ''                # a picture (.png), .npz, or a folder (ending in /) of PNGs; '': samples.png beside the checkpoint
+    out = ''                # a picture (.png), .npz, or a folder (ending in /) for PNGs; '': beside the checkpoint
     num_samples = 100
     batch_size = 100        # of each process
     cls = -1                # the class of all samples; -1 goes through the classes in turn

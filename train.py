@@ -193,7 +193,7 @@ def forward(net, index, draws, share):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')
 def evaluate():
-    """Saves samples.png and returns the scales' held-out errors, at noise and times that never change; by EMA, if any."""
+    """Saves samples.png and returns the scales' held-out errors, at noise and times that never change. EMA if any."""
     net = ema or model
     index = data.heldout[:eval_images]
     draws, parts = draw(len(index), 1), -(-len(index) * shares // batch_size)
