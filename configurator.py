@@ -7,6 +7,7 @@ A config file is Python that assigns settings, and is run as such: use only file
 """
 import ast
 import difflib
+import json
 import os
 import sys
 
@@ -25,6 +26,26 @@ def checked(settings, key, value, source):
         expected = 'a tuple of numbers' if kind is tuple else f'{kind.__name__}, like {settings[key]!r}'
         raise SystemExit(f'{source}: {key} must be {expected}, but it is {value!r}')
     return value
+
+
+def changes(there, here):
+    """What differs between two dicts of settings, in words, for each key of the second."""
+    return [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here if there.get(key) != here[key]]
+
+
+def claim(folder, settings):
+    """Writes down in a folder what settings it is made with; ends the script if it was begun with others."""
+    file = os.path.join(folder, 'settings.json')
+    if os.path.exists(file):
+        with open(file) as f:
+            differences = changes(json.load(f), settings)
+        if differences:
+            raise SystemExit(f'{folder} was begun with other settings ({"; ".join(differences)}): '
+                             'go on with the same, choose another folder, or delete it')
+    else:
+        with open(file + '.tmp', 'w') as f:
+            json.dump(settings, f, indent=1)
+        os.replace(file + '.tmp', file)
 
 
 def configure(namespace, argv=None):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import claim, configure
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE, to bound its memory
@@ -241,7 +241,7 @@ if __name__ == '__main__':
     size = 256              # of the images, cropped and resized as ADM does
     vae = ''                # the AutoencoderKL that makes latents: a folder or a Hugging Face id; '' keeps pixels
     flip = True             # training mirrors half of the images
-    heldout = 0             # this many images are not trained on: the last by name (with classes: of the last class)
+    heldout = 0             # this many images, drawn at random, are not trained on
     strict = False          # stop at images that cannot be read, instead of leaving out up to one in a hundred
     batch_size = 32         # images between two records of progress
     workers = 8             # threads that read images, in each process
@@ -266,6 +266,9 @@ if __name__ == '__main__':
     N, flips = len(files), 2 if flip else 1
     if not 0 <= heldout < N:
         raise SystemExit(f'data.py: heldout must be 0 or more and less than the {N} images, but it is {heldout}')
+    if heldout:     # the last ones are held out: with classes, by name they would be of one class
+        order = np.random.default_rng(0).permutation(N)
+        files.names, files.labels = [files.names[i] for i in order], files.labels[order]
     name, grid, channels, shape, kind = 'images.npy', size, 3, (N, size, size, 3), np.uint8
     if vae:
         encoder = load_vae(dict(vae=vae), device)
@@ -279,16 +282,10 @@ if __name__ == '__main__':
     # The work is done in a folder beside, where state.npy says of each image whether it is done
     partial, final = out + '.partial', os.path.join(out + '.partial', 'final')
     array_file, state_file = os.path.join(partial, 'array.npy'), os.path.join(partial, 'state.npy')
-    settings_file = os.path.join(partial, 'settings.json')
     settings = dict(source=source, images=f'{N}, names {zlib.crc32(repr(files.names).encode()):08x}', size=size,
                     vae=vae, flip=flip, heldout=heldout, batch_size=batch_size, dtype=dtype)
-    if rank == 0 and os.path.exists(settings_file) and os.path.exists(array_file):
-        with open(settings_file) as f:
-            there = json.load(f)
-        changes = [f'{key} was {there[key]!r} and is {settings[key]!r}' for key in there if there[key] != settings[key]]
-        if changes:
-            raise SystemExit(f'data.py: {partial} was begun with other settings ({"; ".join(changes)}): '
-                             'continue it with the same ones, or delete it')
+    if rank == 0 and os.path.exists(os.path.join(partial, 'settings.json')) and os.path.exists(array_file):
+        claim(partial, settings)
         state = np.load(state_file, mmap_mode='r+')
         state[state == CORRUPT] = TO_DO     # they may have been mended
         print(f'continuing {partial}: {(state == DONE).sum()} of {N} images are done')
@@ -299,9 +296,7 @@ if __name__ == '__main__':
             raise SystemExit(f'data.py: {out} needs {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free')
         np.lib.format.open_memmap(array_file, 'w+', kind, shape)
         np.lib.format.open_memmap(state_file, 'w+', np.uint8, (N,))
-        with open(settings_file + '.tmp', 'w') as f:
-            json.dump(settings, f)
-        os.replace(settings_file + '.tmp', settings_file)
+        claim(partial, settings)        # last: with it, the arrays are there
     if world > 1:
         dist.barrier()
 

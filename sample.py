@@ -8,7 +8,6 @@ Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
 Noise and label of sample i depend on (seed, i) alone, so fixed-step solvers draw the same images whatever the batch.
 """
-import json
 import os
 import time
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import claim, configure
 from data import decode, launch, load_vae
 from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct, up
 
@@ -138,22 +137,6 @@ def save_trajectory(file, frames, vae, meta, cell=96):
             column.append(picture.convert('RGB').resize((cell, cell), Image.Resampling.NEAREST))
         columns.append(np.concatenate([np.pad(np.asarray(part), ((2, 2), (2, 2), (0, 0))) for part in column]))
     Image.fromarray(np.concatenate(columns, axis=1)).save(file)
-
-
-def claim(folder, settings):
-    """Writes down what the samples in a folder are of, or ends the script if the folder holds others."""
-    file = os.path.join(folder, 'settings.json')
-    if os.path.exists(file):
-        with open(file) as f:
-            there = json.load(f)
-        changes = [f'{key} is {there.get(key)!r} there and {settings[key]!r} here' for key in settings
-                   if there.get(key) != settings[key]]
-        if changes:
-            raise SystemExit(f'sample.py: {folder} holds other samples ({"; ".join(changes)}): choose another --out')
-    elif os.listdir(folder):
-        raise SystemExit(f'sample.py: {folder} is not empty and not a folder of samples: choose another --out')
-    with open(file, 'w') as f:
-        json.dump(settings, f, indent=1)
 
 
 if __name__ == '__main__':

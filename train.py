@@ -18,9 +18,10 @@ from dataclasses import fields
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure
+from configurator import changes, configure
 from data import Dataset, decode, launch, load_vae, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
 from sample import ADAPTIVE, FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
@@ -98,8 +99,7 @@ if dtype == 'auto':
     has_bf16 = {'cuda': torch.cuda.is_bf16_supported, 'cpu': torch.cpu._is_amx_tile_supported}.get(device_type, bool)()
     dtype = 'bfloat16' if has_bf16 else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-if device_type == 'cpu' and dtype == 'bfloat16':
-    torch.backends.cuda.enable_flash_sdp(False)     # the CPU's flash backward is slow in bfloat16
+slow_flash = device_type == 'cpu' and dtype == 'bfloat16'    # the backward pass of the CPU's flash attention is
 
 # Data and model
 if master and dataset == 'digits':
@@ -145,14 +145,12 @@ iteration = 0
 
 # Resume
 ckpt_path, log_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'log.csv')
-changed = lambda there, here: [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here
-                               if there.get(key) != here[key]]
 if os.path.exists(ckpt_path):
     checkpoint = load_checkpoint(ckpt_path, device)
     for what, there, here in (('model', checkpoint['model_args'], model_args),
                               ('dataset', checkpoint['data'], data.meta)):
-        if changed(there, here):
-            raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changed(there, here))}): '
+        if changes(there, here):
+            raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changes(there, here))}): '
                              'choose another out_dir')
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])
@@ -163,7 +161,7 @@ if os.path.exists(ckpt_path):
         print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
         raise SystemExit
     if master:
-        print(f'resuming {ckpt_path} at iteration {iteration}', *changed(checkpoint['config'], config), sep='\n  ')
+        print(f'resuming {ckpt_path} at iteration {iteration}', *changes(checkpoint['config'], config), sep='\n  ')
 
 
 def draw(n, *key):
@@ -185,7 +183,7 @@ def forward(net, index, draws, share):
     y = torch.where(drop, n_classes, y) if n_classes else None
     counts = [len(range(-(-len(index) * (k + 1) // K))[share]) for k in range(K)]     # B_k: images with stage <= k
     x_t, u = states_and_targets(x1, noise, t, counts, model_config)
-    with autocast:
+    with autocast, sdpa_kernel(SDPBackend.MATH) if slow_flash else nullcontext():
         v = net(x_t, t, y)
     return *multiscale_loss(v, u, loss_weights, len(t)), [len(u_k) for u_k in u]
 

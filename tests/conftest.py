@@ -42,3 +42,17 @@ def run(workplace, monkeypatch, capsys):
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6', '--eval_interval=3',
         '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4', '--dtype=float32', '--device=cpu',
         '--warmup_iters=0', '--learning_rate=1e-2')
+
+
+
+@pytest.fixture(scope='session')
+def vae_folder(tmp_path_factory):
+    """A VAE with random weights that halves the grid, as save_pretrained leaves it."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('vae')
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.7,
+                  mid_block_add_attention=False,
+                  down_block_types=('DownEncoderBlock2D',) * 2,
+                  up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
+    return str(folder)

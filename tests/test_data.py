@@ -49,24 +49,11 @@ def contents(folder):
 
 
 @pytest.fixture(scope='session')
-def vae_folder(tmp_path_factory):
-    """A VAE with random weights that halves the grid."""
-    from diffusers import AutoencoderKL
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('vae')
-    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.7,
-                  down_block_types=('DownEncoderBlock2D',) * 2,
-                  up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope='session')
 def latents(tmp_path_factory, vae_folder):
     """(folder of the latents of 12 pictures of 16 x 16, the arguments that made them, the pictures)."""
     folder = tmp_path_factory.mktemp('latents')
     pictures = make_pictures(folder / 'source', 12)
-    args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--heldout=2',
-            '--device=cpu']
+    args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--device=cpu']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['data.py', *args, f'--out={folder / "out"}'])
         runpy.run_path(os.path.join(ROOT, 'data.py'), run_name='__main__')
@@ -227,7 +214,7 @@ def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
     shutil.make_archive(str(tmp_path / 'source'), 'zip', tmp_path / 'source')
     for source, out in (('source', 'x'), ('source.zip', 'y')):
         _, message = run('data.py', f'--source={tmp_path / source}', f'--out={tmp_path / out}/', '--size=16',
-                         '--batch_size=4', '--heldout=3', '--device=cpu')
+                         '--batch_size=4', '--device=cpu')
         assert message == ''
     x, y = contents(tmp_path / 'x'), contents(tmp_path / 'y')
     assert set(x) == {'images.npy', 'labels.npy', 'meta.json'} and x['images.npy'] == y['images.npy']
@@ -236,9 +223,20 @@ def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
     assert (prepared.images == np.stack([np.asarray(picture) for picture in pictures])).all()
     assert prepared.labels.tolist() == [0] * 5 + [1] * 5
     assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10,
-                                 heldout=3, classes=['a', 'b'], flips=2, vae='', corrupt=[])
-    assert prepared.n_train == 7 and prepared.heldout.tolist() == [7, 8, 9]
+                                 heldout=0, classes=['a', 'b'], flips=2, vae='', corrupt=[])
+    assert prepared.n_train == 10 and prepared.heldout.tolist() == list(range(10))
     assert not (tmp_path / 'x.partial').exists()
+
+
+def test_held_out_images_are_of_all_classes_and_keep_their_labels(tmp_path, run):
+    pictures = make_pictures(tmp_path / 'source', 40)
+    run('data.py', f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16', '--heldout=12', '--device=cpu')
+    prepared = Dataset(str(tmp_path / 'x'))
+    assert prepared.n_train == 28 and prepared.heldout.tolist() == list(range(28, 40))
+    by_name = [np.asarray(picture).tobytes() for picture in pictures]
+    order = [by_name.index(image.tobytes()) for image in prepared.images]
+    assert sorted(order) == list(range(40)) and prepared.labels.tolist() == [i // 20 for i in order]
+    assert 2 <= prepared.labels[28:].sum() <= 10        # false alarm: 2 in 10,000, and the permutation is fixed
 
 
 def test_a_complete_dataset_is_left_alone(tmp_path, run):
@@ -350,9 +348,9 @@ def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
         pipe.unlink()
         pictures[9].save(pipe)
         _, message = run('data.py', *args, f'--out={out}', '--size=32')
-        assert 'begun with other settings (size was 16 and is 32)' in message and not out.exists()
+        assert 'begun with other settings (size is 16 there and 32 here)' in message and not out.exists()
         _, message = run('data.py', *args, f'--out={out}', '--vae=')
-        assert 'begun with other settings (vae was' in message and not out.exists()
+        assert 'begun with other settings (vae is' in message and not out.exists()
         printed, message = run('data.py', *args, f'--out={out}')
         assert '8 of 12 images are done' in printed and message == ''
         assert contents(out) == reference and not (tmp_path / 'x.partial').exists()
