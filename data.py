@@ -105,11 +105,11 @@ class ImageFiles:
             self.zip = zipfile.ZipFile(source)
             found = self.zip.namelist()
         else:
-            raise SystemExit(f'data.py: source must be a folder or a .zip of images, and {source!r} is neither')
+            raise SystemExit(f'{source!r} is neither a folder nor a .zip of images')
         self.names = sorted(name for name in found if name.lower().endswith(ENDINGS)
                             and not any(part.startswith('.') or part == '__MACOSX' for part in name.split('/')))
         if not self.names:
-            raise SystemExit(f'data.py: there are no images in {source!r} (looked for {" ".join(ENDINGS)})')
+            raise SystemExit(f'there are no images in {source!r} (looked for {" ".join(ENDINGS)})')
         around = len(os.path.commonpath([os.path.dirname(name) for name in self.names]))
         inner = [name[around:].lstrip('/') for name in self.names]
         classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in inner], return_inverse=True)

@@ -192,6 +192,8 @@ if __name__ == '__main__':
         if folder:
             claim(out, dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], seed=seed, cls=cls, method=method, steps=steps,
                             tol=tol, cfg=cfg, dtype=dtype))
+            if any(name.endswith('.png') and name >= f'{num_samples:06}.png' for name in os.listdir(out)):
+                raise SystemExit(f'sample.py: {out} holds more than {num_samples} samples: choose another --out')
         else:
             shape = (meta['image_size'], meta['image_size'], 3) if vae else (config.size, config.size, config.channels)
             np.lib.format.open_memmap(array_file, 'w+', np.uint8, (num_samples, *shape))

@@ -1,11 +1,10 @@
 """
 Speed and cost, measured.
 
-    python tests/bench.py --ckpt out-digits/ckpt.pt     # the columns of the paper's Table 1 for a checkpoint, as a line
-    of a table python tests/bench.py                               # this engine against what it replaces: ratios of
-    interleaved repeats
+    python tests/bench.py --ckpt out-digits/ckpt.pt     # a checkpoint's row of the paper's Table 1
+    python tests/bench.py                               # this engine against what it replaces, step for step
 
-A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once.
+A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once. Ratios are of interleaved repeats.
 """
 import os
 import platform
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 import model as lapflow  # noqa: E402
 from configurator import configure  # noqa: E402
-from data import launch  # noqa: E402
+from data import decode, launch, load_vae  # noqa: E402
 from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets  # noqa: E402
 from sample import ADAPTIVE, generate, load_checkpoint, noise_of  # noqa: E402
 
@@ -33,7 +32,8 @@ def flops_per_segment(config):
     with torch.device('meta'):
         model = LapFlow(config)
         for s in reversed(range(config.K)):
-            x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k >= s else None for k in range(config.K)]
+            x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k >= s else None
+                 for k in range(config.K)]
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x, torch.empty(1))
             counts.append(counter.get_total_flops())
@@ -52,12 +52,16 @@ def synchronize(device):
 
 
 def hardware(device):
-    return torch.cuda.get_device_name() if 'cuda' in device else f'{torch.get_num_threads()} CPU threads ({platform.machine()})'
+    threads = f'{torch.get_num_threads()} CPU threads ({platform.machine()})'
+    return torch.cuda.get_device_name() if 'cuda' in device else threads
 
 
 @torch.no_grad()
 def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device, repeats=3):
-    """Median seconds per image of sampling a batch, without and with decoding, and the NFE of each repeat (seeds 0, 1, ...)."""
+    """
+    Median seconds per image of sampling a batch, without and with decoding, and the NFE of each repeat
+    (seeds 0, 1, ...).
+    """
     c, times, decoded, nfes = model.config, [], [], []
     for seed in range(repeats + 1):     # the first is a warm-up
         noise = noise_of(seed, range(batch), (c.channels, c.size, c.size)).to(device)
@@ -89,17 +93,23 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     segments, average = flops_per_segment(config), trajectory_average(config)
     single = trajectory_average(LapFlowConfig(**checkpoint['model_args'] | dict(T=())))
     solver = f'{method} at {tol:g}' if method in ADAPTIVE else f'{method}, {steps} steps'
-    row = {'parameters (with VAE)': f'{parameters / 1e6:.1f} M ({(parameters + vae_parameters) / 1e6:.1f} M)', 'solver': solver,
-           'NFE, batch 1': f'{np.mean(nfes):.1f}', 's/image, batch 1 (with decoding)': f'{one:.3f} ({one_decoded:.3f})',
+    row = {'parameters (with VAE)': f'{parameters / 1e6:.1f} M ({(parameters + vae_parameters) / 1e6:.1f} M)',
+           'solver': solver, 'NFE, batch 1': f'{np.mean(nfes):.1f}',
+           's/image, batch 1 (with decoding)': f'{one:.3f} ({one_decoded:.3f})',
            f's/image, batch {batch_size} (with decoding)': f'{many:.4f} ({many_decoded:.4f})',
            'GFLOPs per evaluation': f'{average / 1e9:.3f}', 'by segment': ', '.join(f'{n / 1e9:.3f}' for n in segments),
            'of T=()': f'{average / single:.3f}', 'device': f'{hardware(device)}, float32', 'T': config.T}
-    print(f'NFE is the mean over {seeds} seeds at batch 1, a guided pair counted once (cfg {cfg:g}); a multiply-add is 2 FLOPs.')
-    print('| ' + ' | '.join(row) + ' |\n|' + ' --- |' * len(row) + '\n| ' + ' | '.join(str(cell) for cell in row.values()) + ' |')
+    print(f'NFE is the mean over {seeds} seeds at batch 1, a guided pair counted once (cfg {cfg:g}); '
+          'a multiply-add is 2 FLOPs.')
+    print('| ' + ' | '.join(row) + ' |\n|' + ' --- |' * len(row) + '\n| '
+          + ' | '.join(str(cell) for cell in row.values()) + ' |')
 
 
 def dense_attention(qkv, mask):
-    """What the engine replaces: one attention over all tokens, all scales for all images, under a dense block-causal mask."""
+    """
+    What the engine replaces: one attention over all tokens, all scales for all images, under a dense block-causal
+    mask.
+    """
     scale = torch.cat([torch.full((qkv[k].shape[3],), k, device=qkv[k].device) for k in qkv])
     q, k, v = torch.cat(list(qkv.values()), dim=3)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=scale[None] >= scale[:, None]).transpose(1, 2).flatten(2)
@@ -126,7 +136,8 @@ class Trainer:
         K, B = self.config.K, self.B
         counts = {'packed': [-(-(k + 1) * B // K) for k in range(K)], 'padded': [B] * K,
                   'one stage a step': [B if k >= self.steps % K else 0 for k in range(K)]}[self.packing]
-        stage = torch.arange(B, device=self.device) * K // B if self.packing == 'packed' else torch.zeros(B, dtype=torch.long)
+        stage = (torch.arange(B, device=self.device) * K // B if self.packing == 'packed'
+                 else torch.zeros(B, dtype=torch.long))
         if self.packing == 'one stage a step':
             stage = stage + self.steps % K
         t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
@@ -151,10 +162,13 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
     if device == 'cpu':
         torch.backends.cuda.enable_flash_sdp(False)     # as train.py
     ours, dense = LapFlowConfig(**base, T=T), lapflow.global_attention
-    variants = {'packed, no mask (ours)': (Trainer(ours, batch_size, device, autocast, compiled=compiled), dense),
-                'one stage a step': (Trainer(ours, batch_size, device, autocast, 'one stage a step', compiled), dense),
-                'padded, dense mask': (Trainer(ours, batch_size, device, autocast, 'padded', compiled), dense_attention),
-                'single scale, T=()': (Trainer(LapFlowConfig(**base, T=()), batch_size, device, autocast, compiled=compiled), dense)}
+    single = LapFlowConfig(**base, T=())
+    variants = {
+        'packed, no mask (ours)': (Trainer(ours, batch_size, device, autocast, compiled=compiled), dense),
+        'one stage a step': (Trainer(ours, batch_size, device, autocast, 'one stage a step', compiled), dense),
+        'padded, dense mask': (Trainer(ours, batch_size, device, autocast, 'padded', compiled), dense_attention),
+        'single scale, T=()': (Trainer(single, batch_size, device, autocast, compiled=compiled), dense),
+    }
     seconds, cycle = {name: [] for name in variants}, ours.K     # a whole cycle of stages is one repeat
     for repeat in range(repeats + 1):
         for name, (step, attention) in variants.items():
@@ -166,8 +180,9 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
             synchronize(device)
             seconds[name].append((time.perf_counter() - start) / cycle)
     lapflow.global_attention = dense
-    print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, {"bfloat16" if bf16 else "float32"}, '
-          f'{hardware(device)}, {"compiled" if compiled else "eager"}, medians of {repeats} interleaved repeats')
+    print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, '
+          f'{"bfloat16" if bf16 else "float32"}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
+          f'medians of {repeats} interleaved repeats')
     print('| training step | images/s | ours is faster by (median of ratios, min to max) |\n| --- | --- | --- |')
     for name in variants:
         ratios = sorted(a / b for a, b in zip(seconds[name][1:], seconds['packed, no mask (ours)'][1:]))

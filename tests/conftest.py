@@ -25,7 +25,10 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def run(workplace, monkeypatch, capsys):
-    """run('train.py', '--key=value', ...) -> what the script printed and the sentence it ended with ('' for a normal end)."""
+    """
+    run('train.py', '--key=value', ...) -> what the script printed and the sentence it ended with ('' for a normal
+    end).
+    """
     monkeypatch.chdir(workplace)
 
     def run(script, *args):
@@ -39,10 +42,9 @@ def run(workplace, monkeypatch, capsys):
     return run
 
 
-TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6', '--eval_interval=3',
-        '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4', '--dtype=float32', '--device=cpu',
-        '--warmup_iters=0', '--learning_rate=1e-2')
-
+TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
+        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4',
+        '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
 
 
 @pytest.fixture(scope='session')

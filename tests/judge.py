@@ -82,7 +82,8 @@ if __name__ == '__main__':
     predicted, held_features = read(judge, x)
     accuracy = (predicted == y.numpy()).mean()
     reference = read(judge, data.batch(np.arange(len(x)))[0])[1]
-    print(f'judge: held-out accuracy {accuracy:.4f}, Frechet distance held-out to training images {frechet(held_features, reference):.2f}')
+    print(f'judge: held-out accuracy {accuracy:.4f}, '
+          f'Frechet distance held-out to training images {frechet(held_features, reference):.2f}')
     for file in sys.argv[1:]:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays['arr_0'], arrays['arr_1']

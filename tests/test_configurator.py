@@ -19,22 +19,28 @@ def settings(*argv):
 
 
 @pytest.mark.parametrize('argv, key, value', (
-    (['--T=0.67,0.33'], 'T', (0.67, 0.33)), (['--T=(0.67,0.33)'], 'T', (0.67, 0.33)), (['--T', '0.67,0.33'], 'T', (0.67, 0.33)),
-    (['--T=0.5'], 'T', (0.5,)), (['--T=()'], 'T', ()), (['--T=1,0.5'], 'T', (1.0, 0.5)), (['--T=[0.67, 0.33]'], 'T', (0.67, 0.33)),
+    (['--T=0.67,0.33'], 'T', (0.67, 0.33)), (['--T=(0.67,0.33)'], 'T', (0.67, 0.33)),
+    (['--T', '0.67,0.33'], 'T', (0.67, 0.33)), (['--T=0.5'], 'T', (0.5,)), (['--T=()'], 'T', ()),
+    (['--T=1,0.5'], 'T', (1.0, 0.5)), (['--T=[0.67, 0.33]'], 'T', (0.67, 0.33)),
     (['--rate=1'], 'rate', 1.0), (['--rate', '1e-3'], 'rate', 1e-3), (['--rate', '-1'], 'rate', -1.0),
     (['--iters=7'], 'iters', 7), (['--flag=True'], 'flag', True), (['--flag', 'False'], 'flag', False),
-    (['--name=7'], 'name', '7'), (['--name='], 'name', ''), (['--name', 'x=y'], 'name', 'x=y'), (['--iters=1', '--iters=2'], 'iters', 2)))
+    (['--name=7'], 'name', '7'), (['--name='], 'name', ''), (['--name', 'x=y'], 'name', 'x=y'),
+    (['--iters=1', '--iters=2'], 'iters', 2)))
 def test_values_arrive_with_the_settings_type(argv, key, value):
     result = settings(*argv)
     assert result[key] == value and type(result[key]) is type(value)
-    assert {k: v for k, v in result.items() if k != key} == {k: v for k, v in DEFAULTS.items() if k in result and k != key}
+    defaults = {k: v for k, v in DEFAULTS.items() if k in result and k != key}
+    assert {k: v for k, v in result.items() if k != key} == defaults
 
 
 @pytest.mark.parametrize('argv, words', (
-    (['--itres=7'], ("'itres'", "'iters'")), (['--itres', '7'], ("'itres'", "'iters'")), (['--CONSTANT=3'], ("'CONSTANT'",)),
-    (['--iters=1.5'], ('iters', 'int', '1.5')), (['--iters=many'], ('iters', 'int', 'many')), (['--iters=True'], ('iters', 'int')),
-    (['--rate=fast'], ('rate', 'float', 'fast')), (['--flag=1'], ('flag', 'bool')), (['--T=half'], ('T', 'tuple of numbers')),
-    (["--T=('a',)"], ('T', 'tuple of numbers')), (['--T=True'], ('T', 'tuple of numbers')), (['--iters'], ('--iters', 'needs a value')),
+    (['--itres=7'], ("'itres'", "'iters'")), (['--itres', '7'], ("'itres'", "'iters'")),
+    (['--CONSTANT=3'], ("'CONSTANT'",)),
+    (['--iters=1.5'], ('iters', 'int', '1.5')), (['--iters=many'], ('iters', 'int', 'many')),
+    (['--iters=True'], ('iters', 'int')), (['--rate=fast'], ('rate', 'float', 'fast')),
+    (['--flag=1'], ('flag', 'bool')), (['--T=half'], ('T', 'tuple of numbers')),
+    (["--T=('a',)"], ('T', 'tuple of numbers')), (['--T=True'], ('T', 'tuple of numbers')),
+    (['--iters'], ('--iters', 'needs a value')),
     (['--iters', '--flag=True'], ('--iters', 'needs a value')), (['nothing.py'], ('nothing.py', 'config file')),
     (['iters=3'], ('iters=3', '--key=value')), (['--help'], ('--iters=100', "--path='linear'"))))
 def test_mistakes_end_with_one_sentence(argv, words):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, stage_times, states_and_targets, up
+from model import (LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, stage_times,
+                   states_and_targets, up)
 from sample import generate
 from test_model import small
 
@@ -83,7 +84,9 @@ class Guide:
 @pytest.mark.parametrize('flow', FLOWS)
 @pytest.mark.parametrize('K', (1, 2, 3, 4))
 def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, K):
-    """With the same noise in training and sampling the sampler walks through the training states, hand-overs included."""
+    """
+    With the same noise in training and sampling the sampler walks through the training states, hand-overs included.
+    """
     config = config_of(flow, TIMES[K])
     x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
     frames, times = [], (1.0, *TIMES[K], 0.0)
@@ -105,13 +108,15 @@ class Gaussian:
 
     def __init__(self, config, root):
         self.config, n = config, config.size ** 2
-        unit, zero = torch.eye(n, dtype=torch.float64).view(n, 1, config.size, config.size), torch.zeros(n, 1, config.size, config.size).double()
+        unit = torch.eye(n, dtype=torch.float64).view(n, 1, config.size, config.size)
+        zero = torch.zeros(n, 1, config.size, config.size).double()
         self.x1 = torch.cat([root.T.reshape_as(unit), zero])    # rows: the factors of data, then those of noise
         self.x0 = torch.cat([zero, unit])
 
     def factors(self, t, s):
         """Matrices M, U with x_t = M^T z and u = U^T z for z ~ N(0, I), scales joined."""
-        states, targets = one_stage(self.x1, self.x0, torch.full((len(self.x1),), t, dtype=torch.float64), s, self.config)
+        times = torch.full((len(self.x1),), t, dtype=torch.float64)
+        states, targets = one_stage(self.x1, self.x0, times, s, self.config)
         return torch.cat([x.flatten(1) for x in states], 1), torch.cat([u.flatten(1) for u in targets], 1)
 
     def __call__(self, x_t, t, y=None):
@@ -148,11 +153,14 @@ def test_samples_and_every_handover_have_the_training_covariance(flow, T):
 
 @pytest.mark.parametrize('k', (1, 2))
 def test_renoising_has_the_covariance_of_appendix_F2(k):
-    """Noise that joins scale k-1 in a 2x2 patch: 3/4^k times 1 on the diagonal and -1/3 off it; patches are independent."""
+    """
+    Noise that joins scale k-1 in a 2x2 patch: 3/4^k times 1 on the diagonal and -1/3 off it; patches are independent.
+    """
     unit = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
     joining = laplacian_pyramid(unit, 3)[k - 1]
     side = joining.shape[-1]
-    patches = joining.view(64, side // 2, 2, side // 2, 2).permute(0, 1, 3, 2, 4).reshape(64, -1)    # 2x2 patch by patch
+    # 2x2 patch by patch
+    patches = joining.view(64, side // 2, 2, side // 2, 2).permute(0, 1, 3, 2, 4).reshape(64, -1)
     block = 3 / 4 ** k * (torch.eye(4) * 4 / 3 - 1 / 3).double()
     torch.testing.assert_close(patches.T @ patches, torch.block_diag(*[block] * (side // 2) ** 2))
 

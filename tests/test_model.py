@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as lapflow
-from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, path, reconstruct, stage_times,
-                   states_and_targets, velocity)
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, path, reconstruct,
+                   stage_times, states_and_targets, velocity)
 
 PATHS = ('linear', 'gvp', 'quadratic', 'cubic')
 
@@ -49,7 +49,8 @@ def test_pyramid_is_equation_1_pixel_by_pixel():
     x = np.random.default_rng(0).standard_normal((8, 8))
     means = [x]
     for n in (4, 2):
-        means.append(np.array([[means[-1][2 * i:2 * i + 2, 2 * j:2 * j + 2].mean() for j in range(n)] for i in range(n)]))
+        means.append(np.array([[means[-1][2 * i:2 * i + 2, 2 * j:2 * j + 2].mean() for j in range(n)]
+                               for i in range(n)]))
     up = lambda a: np.array([[a[i // 2, j // 2] for j in range(2 * len(a))] for i in range(2 * len(a))])
     expected = [means[0] - up(means[1]), means[1] - up(means[2]), means[2]]
     for actual, wanted in zip(laplacian_pyramid(torch.from_numpy(x)[None, None], 3), expected):
@@ -73,7 +74,8 @@ def test_velocity_is_the_time_derivative_of_the_path(kind, start):
 @pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
 def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(kind, start):
     x1, x0 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
-    sigma = {'linear': 1 - start, 'gvp': math.cos(math.pi * start / 2), 'quadratic': (1 - start) ** 2, 'cubic': (1 - start) ** 3}
+    sigma = {'linear': 1 - start, 'gvp': math.cos(math.pi * start / 2), 'quadratic': (1 - start) ** 2,
+             'cubic': (1 - start) ** 3}
     at = lambda t: noisy_state(x1, x0, torch.tensor([t], dtype=torch.float64), start, kind)
     torch.testing.assert_close(at(start), sigma[kind] * x0, atol=1e-15, rtol=0)
     torch.testing.assert_close(at(1.0), x1, atol=1e-15, rtol=0)
@@ -82,7 +84,8 @@ def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(kind, start):
 def test_paths_are_the_papers_formulas():
     t, start = torch.linspace(0.25, 1, 9, dtype=torch.float64), 0.25
     ramp = (t - 0.25) / 0.75
-    for kind, alpha, sigma in (('linear', ramp, 1 - t), ('quadratic', ramp, (1 - t) ** 2), ('cubic', ramp, (1 - t) ** 3),
+    for kind, alpha, sigma in (('linear', ramp, 1 - t), ('quadratic', ramp, (1 - t) ** 2),
+                               ('cubic', ramp, (1 - t) ** 3),
                                ('gvp', torch.sin(math.pi * (t - 0.25) / (2 * 0.75)), torch.cos(math.pi / 2 * t))):
         actual = path(t, start, kind)
         torch.testing.assert_close((actual[0], actual[2]), (alpha, sigma), atol=1e-15, rtol=0)
@@ -112,7 +115,10 @@ def test_one_scale_is_plain_flow_matching():
 
 
 def dense_forward(model, x_t, t, y):
-    """LapFlow.forward for one image, with one sequence of all tokens, a dense additive mask M_c and Eq. (9) as it is printed."""
+    """
+    LapFlow.forward for one image, with one sequence of all tokens, a dense additive mask M_c and Eq. (9) as it is
+    printed.
+    """
     config, p, D = model.config, model.config.patch, model.config.width
     angles = 1000 * t[None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
     t_token = model.t_embed(torch.cat([angles.sin(), angles.cos()])[None])
@@ -129,7 +135,8 @@ def dense_forward(model, x_t, t, y):
     c = F.silu(sum(context))[0]
     each = lambda experts, x: torch.stack([experts[k](row) for k, row in zip(scale.tolist(), x)])
     q_scale, k_scale = scale[:, None], scale[None, :]
-    hidden = {'causal': k_scale < q_scale, 'none': torch.zeros(1, 1, dtype=torch.bool), 'self': k_scale != q_scale}[config.mask]
+    hidden = {'causal': k_scale < q_scale, 'none': torch.zeros(1, 1, dtype=torch.bool),
+              'self': k_scale != q_scale}[config.mask]
     M = torch.zeros(len(z), len(z), dtype=z.dtype).masked_fill(hidden, -torch.inf)
     norm = lambda x: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
     for block in model.blocks:
@@ -156,7 +163,8 @@ def dense_forward(model, x_t, t, y):
     return out
 
 
-@pytest.mark.parametrize('counts', ((2, 2, 2), (1, 2, 4), (None, 1, 3), (None, None, 2), (2, None, None), (None, 2, None)))
+@pytest.mark.parametrize('counts', ((2, 2, 2), (1, 2, 4), (None, 1, 3), (None, None, 2), (2, None, None),
+                                    (None, 2, None)))
 @pytest.mark.parametrize('mask', ('causal', 'none', 'self'))
 def test_split_attention_equals_softmax_over_a_dense_mask(mask, counts):
     model = small(mask=mask)
@@ -288,8 +296,9 @@ def test_the_causal_mask_saves_what_the_design_promises(size, T, whole, attentio
     assert 0.9 * whole < ratio[0] <= whole and 0.9 * attention < ratio[1] <= attention
 
 
-@pytest.mark.parametrize('T, shared, millions', (((), '', 457), ((0.5,), '', 912), ((0.5,), 'ffn,mod', 560), ((0.5,), 'qkv,proj,ffn,mod', 459),
-                                                 ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
+@pytest.mark.parametrize('T, shared, millions', (
+    ((), '', 457), ((0.5,), '', 912), ((0.5,), 'ffn,mod', 560), ((0.5,), 'qkv,proj,ffn,mod', 459),
+    ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
 def test_parameters_of_L2(T, shared, millions):
     """Closed form: D = 1024; per block and expert 6 D^2 mod, 3 D^2 qkv, D^2 proj, 8 D^2 ffn and their biases."""
     D, K = 1024, len(T) + 1
@@ -301,11 +310,12 @@ def test_parameters_of_L2(T, shared, millions):
     assert count == 24 * block + K * per_scale + (256 * D + D) + (D * D + D) and round(count / 1e6) == millions
 
 
-@pytest.mark.parametrize('changes, word', ((dict(T=(0.3, 0.6)), 'decrease'), (dict(T=(0.5, 0.5)), 'decrease'), (dict(T=(1.0,)), 'decrease'),
-                                           (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
-                                           (dict(patch=0), 'patch'), (dict(width=18), 'width'), (dict(heads=3), 'heads'),
-                                           (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared'),
-                                           (dict(n_classes=-2), 'n_classes'), (dict(depth=0), 'depth')))
+@pytest.mark.parametrize('changes, word', (
+    (dict(T=(0.3, 0.6)), 'decrease'), (dict(T=(0.5, 0.5)), 'decrease'), (dict(T=(1.0,)), 'decrease'),
+    (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
+    (dict(patch=0), 'patch'), (dict(width=18), 'width'), (dict(heads=3), 'heads'),
+    (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared'),
+    (dict(n_classes=-2), 'n_classes'), (dict(depth=0), 'depth')))
 def test_impossible_settings_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         LapFlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)

@@ -22,7 +22,8 @@ def source_of(file, name):
 
 def rows():
     table = README.split('## From the paper to the code')[1].split('\n## ')[0]
-    found = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines() if line.startswith('|')][2:]
+    lines = [line for line in table.splitlines() if line.startswith('|')]
+    found = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines][2:]
     assert len(found) >= 10
     return found
 

@@ -1,4 +1,6 @@
-"""The paper's configs end to end at reduced width and grid: images, a VAE's latents, training, samples decoded to PNG."""
+"""
+The paper's configs end to end at reduced width and grid: images, a VAE's latents, training, samples decoded to PNG.
+"""
 import os
 import subprocess
 import sys
@@ -87,8 +89,8 @@ def test_many_processes_draw_exactly_the_samples_of_one(latent_run):
     command = [os.path.join(ROOT, 'sample.py'), '--ckpt', 'out/ckpt.pt', '--num_samples=7', '--seed=2', '--device=cpu']
     two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     environment = dict(os.environ, OMP_NUM_THREADS='1')
-    for launcher, args in (([sys.executable], ['--out=one.npz', '--batch_size=7']), (two, ['--out=two.npz', '--batch_size=2']),
-                           (two, ['--out=png/'])):
+    for launcher, args in (([sys.executable], ['--out=one.npz', '--batch_size=7']),
+                           (two, ['--out=two.npz', '--batch_size=2']), (two, ['--out=png/'])):
         subprocess.run([*launcher, *command, *args], cwd=latent_run, check=True, env=environment, capture_output=True)
     one, two = (np.load(latent_run / f'{name}.npz')['arr_0'].astype(int) for name in ('one', 'two'))
     assert one.shape == (7, 32, 32, 3) and np.abs(one - two).max() <= 1
@@ -126,7 +128,8 @@ def test_a_vae_that_does_not_fit_the_checkpoint_is_refused(latent_run, vae_folde
 
 def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     """Losses and weights of ten more iterations agree to rounding with those of one process all the way."""
-    command = [os.path.join(ROOT, 'train.py'), 'config/celebahq256.py', *SMALL, '--size=16', '--dataset=x', '--dtype=float32']
+    command = [os.path.join(ROOT, 'train.py'), 'config/celebahq256.py', *SMALL, '--size=16', '--dataset=x',
+               '--dtype=float32']
     two = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     environment = dict(os.environ, OMP_NUM_THREADS='1')
 
@@ -136,7 +139,8 @@ def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     train([sys.executable], 'one', 14)
     train([sys.executable], 'mixed', 4)
     train(two, 'mixed', 14)
-    losses = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True)['loss'] for out in ('one', 'mixed')]
+    losses = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True)['loss']
+              for out in ('one', 'mixed')]
     assert len(losses[0]) == len(losses[1]) == 14
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
     one, mixed = (torch.load(latent_run / out / 'ckpt.pt', weights_only=True) for out in ('one', 'mixed'))
@@ -146,12 +150,13 @@ def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
 
 def test_a_lost_process_ends_the_job(latent_run):
     """kill -9 one of two processes: torchrun stops the other and fails, in seconds."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--monitor-interval=0.1',
-               os.path.join(ROOT, 'train.py'), 'config/celebahq256.py', *SMALL, '--size=16', '--dataset=x', '--max_iters=100000',
-               '--out_dir=lost', '--eval_interval=100000']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--monitor-interval=0.1', os.path.join(ROOT, 'train.py'), 'config/celebahq256.py', *SMALL, '--size=16',
+               '--dataset=x', '--max_iters=100000', '--out_dir=lost', '--eval_interval=100000']
     import signal
     import time
-    job = subprocess.Popen(command, cwd=latent_run, env=dict(os.environ, OMP_NUM_THREADS='1'), stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command, cwd=latent_run, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                           stderr=subprocess.PIPE, text=True)
     try:
         log, children = latent_run / 'lost' / 'log.csv', f'/proc/{job.pid}/task/{job.pid}/children'
         while not log.exists() or log.read_text().count('\n') < 3:

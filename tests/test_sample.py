@@ -64,7 +64,8 @@ def test_the_state_at_every_handover_is_the_training_state(kind):
     for t, state in joins:
         for k, x in enumerate(state):
             if x is not None:
-                expected = noisy_state(data[k], noise[k], torch.full((3,), t, dtype=torch.float64), oracle.start(k), kind)
+                times = torch.full((3,), t, dtype=torch.float64)
+                expected = noisy_state(data[k], noise[k], times, oracle.start(k), kind)
                 torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
 
 
@@ -100,7 +101,10 @@ def test_handovers_have_the_marginal_of_gaussian_data(kind):
 
 @pytest.mark.parametrize('method', ADAPTIVE + FIXED)
 def test_no_solver_calls_the_model_outside_its_segment(method):
-    """Small velocities make the adaptive solvers' first probe reach far; every call must still be one that training has seen."""
+    """
+    Small velocities make the adaptive solvers' first probe reach far; every call must still be one that training has
+    seen.
+    """
     oracle = Oracle(lambda k, x, t: 1e-3 * x * (1 + t.view(-1, 1, 1, 1)), (0.67, 0.33))
     _, nfe = generate(oracle, torch.randn(2, 1, 8, 8), method=method, steps=9, tol=1e-4)
     segments = {3: (0.67, 1.0), 2: (0.33, 0.67), 1: (0.0, 0.33)}
@@ -158,7 +162,8 @@ def test_noise_of_a_sample_depends_on_seed_and_number_alone():
     assert torch.equal(together, apart)
     assert len({noise_of(seed, [i], (1,)).item() for seed in range(20) for i in range(20)}) == 400
     many = noise_of(0, range(2000), (8,)).numpy()
-    assert abs(many.mean()) < 5 / math.sqrt(many.size) and abs(many.var() - 1) < 5 * math.sqrt(2 / many.size)   # 5 sigma
+    # 5 sigma
+    assert abs(many.mean()) < 5 / math.sqrt(many.size) and abs(many.var() - 1) < 5 * math.sqrt(2 / many.size)
 
 
 def test_pixels_are_rounded_once_and_clipped():

@@ -38,7 +38,8 @@ def losses(folder):
 @pytest.fixture(scope='module')
 def trained(workplace):
     """The checkpoint of one uninterrupted tiny run."""
-    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'], cwd=workplace, check=True)
+    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'],
+                   cwd=workplace, check=True)
     return workplace / 'out-whole'
 
 
@@ -54,7 +55,10 @@ def test_a_run_leaves_a_checkpoint_a_log_and_a_picture(trained):
 
 
 def test_a_killed_run_resumes_bit_for_bit(trained, workplace):
-    """kill -9 as soon as there is a checkpoint, then the same command: weights, EMA, optimizer and log of a run never stopped."""
+    """
+    kill -9 as soon as there is a checkpoint, then the same command: weights, EMA, optimizer and log of a run never
+    stopped.
+    """
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-killed']
     process = subprocess.Popen(command, cwd=workplace)
     while not os.path.exists(workplace / 'out-killed' / 'ckpt.pt'):
@@ -63,6 +67,8 @@ def test_a_killed_run_resumes_bit_for_bit(trained, workplace):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert load(workplace / 'out-killed')['iter_num'] == 3
+    with open(workplace / 'out-killed' / 'log.csv', 'a') as f:
+        f.write('4,9,9,9,9,,\n')     # as if it had come to log more before the end
     assert 'resuming' in subprocess.run(command, cwd=workplace, check=True, capture_output=True, text=True).stdout
     whole, resumed = load(trained), load(workplace / 'out-killed')
     assert all(same(whole[key], resumed[key]) for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'))
@@ -89,13 +95,19 @@ def test_processes_and_accumulation_change_nothing_but_rounding(how, trained, wo
     for a, b in zip(losses(trained), losses(workplace / out)):
         for key in a:
             assert a[key] == b[key] or abs(float(a[key]) - float(b[key])) < 1e-5, key
-    assert same(load(trained)['model'], load(workplace / out)['model'], rtol=0, atol=2e-4)   # Adam divides by small gradients
+    # Adam divides by small gradients
+    assert same(load(trained)['model'], load(workplace / out)['model'], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize('changes', (('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3'), ('--T=()', '--mask=none', '--ema_decay=0.0'),
-                                     ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'), ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
-                                     ('--flow=pyramidal', '--T=0.67,0.33', '--patch=2', '--shared=qkv,proj,ffn,mod'), ('--flow=edify',),
-                                     ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60')))
+@pytest.mark.parametrize('changes', (
+    ('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3'),
+    ('--T=()', '--mask=none', '--ema_decay=0.0'),
+    ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'),
+    ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
+    ('--flow=pyramidal', '--T=0.67,0.33', '--patch=2', '--shared=qkv,proj,ffn,mod'),
+    ('--flow=edify',),
+    ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60'),
+))
 def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp_path):
     printed, message = run('train.py', *TINY, '--max_iters=2', '--eval_interval=2', f'--out_dir={tmp_path}', *changes)
     assert message == '' and 'left' in printed
@@ -105,7 +117,8 @@ def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp
 
 
 def test_training_lowers_the_loss(run, tmp_path):
-    run('train.py', *TINY, '--max_iters=40', '--eval_interval=20', f'--out_dir={tmp_path}', '--learning_rate=4e-3', '--sample_images=1')
+    run('train.py', *TINY, '--max_iters=40', '--eval_interval=20', f'--out_dir={tmp_path}',
+        '--learning_rate=4e-3', '--sample_images=1')
     first, last = [row for row in losses(tmp_path) if row['heldout_0']]
     assert float(last['heldout_0']) < float(first['heldout_0']) and float(last['heldout_1']) < float(first['heldout_1'])
     # untrained, the outputs are 0 and the errors the mean squares of the targets: 0.75 + 4 mean r^2 and 0.25 + mean x^2
@@ -113,8 +126,19 @@ def test_training_lowers_the_loss(run, tmp_path):
     assert float(last['heldout_0']) < 0.75 and float(last['heldout_1']) < 0.6
 
 
+def test_dropped_labels_train_the_null_label_and_no_other(run, tmp_path):
+    for drop in (0.0, 1.0):
+        run('train.py', *TINY, '--max_iters=3', f'--label_drop={drop}', f'--out_dir={tmp_path}/{drop}')
+        checkpoint = load(tmp_path / str(drop))
+        torch.manual_seed(0)
+        start = LapFlow(LapFlowConfig(**checkpoint['model_args'])).state_dict()['y_embed.weight']
+        moved = (checkpoint['model']['y_embed.weight'] != start).any(1)
+        assert moved[10] == (drop == 1) and moved[:10].any() == (drop == 0)
+
+
 def test_learning_rate_and_ema_are_their_closed_forms(run, tmp_path):
-    run('train.py', *TINY, '--max_iters=8', '--warmup_iters=3', '--ema_decay=0.5', '--eval_interval=1', f'--out_dir={tmp_path}')
+    run('train.py', *TINY, '--max_iters=8', '--warmup_iters=3', '--ema_decay=0.5', '--eval_interval=1',
+        f'--out_dir={tmp_path}')
     rates = [float(row['lr']) for row in losses(tmp_path)]
     cosine = [2e-5 + (1e-2 - 2e-5) * (1 + np.cos(np.pi * i / 5)) / 2 for i in range(5)]
     np.testing.assert_allclose(rates, [2.5e-3, 5e-3, 7.5e-3, *cosine], rtol=1e-5)
@@ -124,12 +148,15 @@ def test_learning_rate_and_ema_are_their_closed_forms(run, tmp_path):
     start = LapFlow(LapFlowConfig(**checkpoint['model_args'])).state_dict()
     decay = 2 / 11      # the warm-up (1 + i) / (10 + i) after the first iteration
     for name, ema in checkpoint['ema'].items():
-        torch.testing.assert_close(ema, decay * start[name] + (1 - decay) * checkpoint['model'][name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ema, decay * start[name] + (1 - decay) * checkpoint['model'][name],
+                                   rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(not any(os.access(os.path.join(p, 'g++'), os.X_OK) for p in os.environ['PATH'].split(':')), reason='needs a C++ compiler')
+@pytest.mark.skipif(not any(os.access(os.path.join(p, 'g++'), os.X_OK) for p in os.environ['PATH'].split(':')),
+                    reason='needs a C++ compiler')
 def test_compiled_blocks_train_the_same_weights(trained, run, tmp_path):
-    assert run('train.py', *TINY, '--max_iters=1', '--eval_interval=1', '--compile=True', f'--out_dir={tmp_path}')[1] == ''
+    assert run('train.py', *TINY, '--max_iters=1', '--eval_interval=1', '--compile=True',
+               f'--out_dir={tmp_path}')[1] == ''
     assert abs(float(losses(tmp_path)[0]['loss']) - float(losses(trained)[0]['loss'])) < 1e-5
     assert load(tmp_path)['model'].keys() == load(trained)['model'].keys()
 
@@ -146,7 +173,8 @@ def sample(run, trained, out, *args):
 
 def test_batches_change_no_pixel_by_more_than_one_grey_level(trained, run, tmp_path):
     for batch in (1, 4, 7):
-        sample(run, trained, tmp_path / f'{batch}.npz', '--num_samples=7', f'--batch_size={batch}', '--method=midpoint', '--steps=6')
+        sample(run, trained, tmp_path / f'{batch}.npz', '--num_samples=7', f'--batch_size={batch}',
+               '--method=midpoint', '--steps=6')
     arrays = [np.load(tmp_path / f'{batch}.npz') for batch in (1, 4, 7)]
     assert all(np.abs(a['arr_0'].astype(int) - arrays[0]['arr_0']).max() <= 1 for a in arrays)
     assert all(a['arr_1'].tolist() == [0, 1, 2, 3, 4, 5, 6] for a in arrays)
@@ -169,7 +197,8 @@ def test_outputs_are_the_same_images_in_every_form(trained, run, tmp_path):
 
 def test_the_checkpoints_defaults_hold_unless_given(trained, run, tmp_path):
     assert 'euler, NFE 4.0' in sample(run, trained, tmp_path / 'x.npz', '--num_samples=2')      # TINY's steps
-    assert 'midpoint, NFE 12.0' in sample(run, trained, tmp_path / 'x.npz', '--num_samples=2', '--method=midpoint', '--steps=6')
+    assert 'midpoint, NFE 12.0' in sample(run, trained, tmp_path / 'x.npz', '--num_samples=2', '--method=midpoint',
+                                          '--steps=6')
     sample(run, trained, tmp_path / 'y.npz', '--num_samples=2', '--cfg=2.0')
     sample(run, trained, tmp_path / 'x.npz', '--num_samples=2')
     sample(run, trained, tmp_path / 'z.npz', '--num_samples=2', '--cfg=1.0')
@@ -180,7 +209,8 @@ def test_the_checkpoints_defaults_hold_unless_given(trained, run, tmp_path):
 def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     sample(run, trained, tmp_path / 'strip.png', '--trajectory=True', '--steps=20', '--cls=4')
     sample(run, trained, tmp_path / 'x.npz', '--num_samples=1', '--steps=20', '--cls=4')
-    strip, image = np.asarray(Image.open(tmp_path / 'strip.png'))[..., 0], np.load(tmp_path / 'x.npz')['arr_0'][0, ..., 0]
+    strip = np.asarray(Image.open(tmp_path / 'strip.png'))[..., 0]
+    image = np.load(tmp_path / 'x.npz')['arr_0'][0, ..., 0]
     corner = strip[-98:-2, -98:-2][1::3, 1::3]      # bottom right: the reconstruction at t = 1, three times enlarged
     assert np.array_equal(corner, image)
 
@@ -253,6 +283,7 @@ def test_a_checkpoint_of_another_dataset_is_refused(trained, run, workplace, tmp
 def test_a_diverged_run_stops_with_a_sentence_and_keeps_its_checkpoint(run, tmp_path):
     run('train.py', *TINY, '--max_iters=3', f'--out_dir={tmp_path}')
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    _, message = run('train.py', *TINY, '--max_iters=50', f'--out_dir={tmp_path}', '--learning_rate=1e30', '--grad_clip=0.0')
+    _, message = run('train.py', *TINY, '--max_iters=50', f'--out_dir={tmp_path}',
+                     '--learning_rate=1e30', '--grad_clip=0.0')
     assert 'not finite' in message and 'learning_rate' in message
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
