@@ -23,7 +23,8 @@ def checked(settings, key, value, source):
     if kind is float and type(value) is int:
         return float(value)
     if kind is tuple or type(value) is not kind:
-        expected = 'a tuple of numbers' if kind is tuple else f'{kind.__name__}, like {settings[key]!r}'
+        expected = {tuple: 'a tuple of numbers, like 0.67,0.33 or ()', bool: 'True or False'}
+        expected = expected.get(kind, f'{kind.__name__}, like {settings[key]!r}')
         raise SystemExit(f'{source}: {key} must be {expected}, but it is {value!r}')
     return value
 

@@ -1,7 +1,7 @@
 """
 Prepared datasets: folders that training maps into memory.
 
-    python data.py --source=celebahq.zip --out=data/celebahq256 --size=256 --vae=stabilityai/sd-vae-ft-mse
+    python data.py --source=celeba_hq/ --out=data/celebahq256 --size=256 --vae=zelaki/eq-vae
     torchrun --nproc_per_node=8 data.py ...         # shares the work
 
     images.npy    N x H x W x C uint8: pixels, or
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import claim, configure
+from configurator import changes, claim, configure
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE, to bound its memory
@@ -48,6 +48,12 @@ def launch(device, backend='auto'):
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device == 'cuda':
         device = f'cuda:{local_rank}'
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise SystemExit(f'device must be auto, cuda, mps or cpu, and one that is there: {device!r} is not '
+                         f'({str(error).splitlines()[0]})')
+    if 'cuda' in device:
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
@@ -195,12 +201,14 @@ class Dataset:
     """
 
     def __init__(self, name):
-        folder = name if os.path.isdir(name) else os.path.join('data', name)
-        if name == 'digits' and not os.path.isdir(folder):
+        prepared = lambda folder: os.path.isfile(os.path.join(folder, 'meta.json'))
+        folder = name if prepared(name) else os.path.join('data', name)
+        if name == 'digits' and not prepared(folder):
             print('drawing the digits dataset ...')
             make_digits(folder)
-        if not os.path.isfile(os.path.join(folder, 'meta.json')):
-            raise SystemExit(f'no prepared dataset in {folder}: python data.py --source=IMAGES --out={folder}')
+        if not prepared(folder):
+            raise SystemExit(f'there is no prepared dataset in {name} or {folder}: make one with '
+                             f'python data.py --source=IMAGES --out={folder}')
         with open(os.path.join(folder, 'meta.json')) as f:
             self.meta = json.load(f)
         array = np.load(os.path.join(folder, 'latents.npy' if self.meta['vae'] else 'images.npy'), mmap_mode='r')
@@ -259,7 +267,11 @@ if __name__ == '__main__':
             raise SystemExit(f'data.py: {sentence}')
     device, rank, world = launch(device, 'gloo')
     if os.path.exists(out):
-        print(f'{out} is complete: {Dataset(out).meta["count"]} images; to make it anew, delete it first')
+        meta, wanted = Dataset(out).meta, dict(image_size=size, vae=vae, flips=2 if flip else 1, heldout=heldout)
+        if changes(meta, wanted):
+            raise SystemExit(f'data.py: {out} was made with other settings ({"; ".join(changes(meta, wanted))}): '
+                             'choose another --out, or delete it')
+        print(f'{out} is complete: {meta["count"]} images')
         raise SystemExit
 
     files = ImageFiles(source)

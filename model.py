@@ -8,8 +8,11 @@ Conventions, the same in every file:
 - Time: t = 0 is noise, t = 1 is data.
 - Scales: k = 0 is the finest, K-1 the coarsest. Lists of scales are finest first, None where a scale is not active.
 - T = (T_1, ..., T_{K-1}), decreasing, with T_0 = 1 and T_K = 0. Scale k starts at T_{k+1} and ends, as data, at 1.
-- Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its images are ordered by stage and scale k
-  holds the first B_k of them, those with stage <= k, so B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
+- Noise is one full-resolution white-noise image, split by the same pyramid: the sum of the states is a noisy image.
+- Training draws a stage for every image. Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its
+  images are ordered by stage and scale k holds the first B_k of them, those with stage <= k, so that
+  B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
+- On a first reading, skip what a `flow` other than 'lapflow' does: it is for the baselines of the paper's Table 1.
 - Shapes: B batch, C channels, H W grid, N tokens, D width.
 """
 import math
@@ -86,23 +89,28 @@ def velocity(x1, x0, t, start, kind='linear'):
     return d_alpha * x1 + d_sigma * x0
 
 
+def packed_counts(B, K):
+    """[B_0, ..., B_{K-1}] of a batch of B images split evenly over the stages: image j is in stage j K // B."""
+    return [-(-B * (k + 1) // K) for k in range(K)]
+
+
 def stage_times(stage, uniform, config):
     """
     Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,). Pyramidal Flow trains a
     stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s].
     """
-    times = torch.tensor((1.0, *config.T, 0.0), device=uniform.device, dtype=uniform.dtype)
+    times = torch.tensor(config.times, device=uniform.device, dtype=uniform.dtype)
     end = times[stage] if config.flow == 'pyramidal' else 1
     return times[stage + 1] + (end - times[stage + 1]) * uniform
 
 
-def pyramidal_flow(x1, x0, t, k, T):
+def pyramidal_flow(x1, x0, t, k, times):
     """
     Pyramidal Flow (Appendix F, Alg. 3, lines 9 to 13): state and velocity of stage k, a straight line from a start
     point at s_k = T_{k+1} to an end point at e_k = T_k. x1 data and x0 noise are full images, (B, C, H, W), t is (B,);
     both results are (B, C, H/2^k, W/2^k).
     """
-    e, s = ((1.0, *T, 0.0)[j] for j in (k, k + 1))
+    e, s = times[k], times[k + 1]
     data, noise = F.avg_pool2d(x1, 2 ** k), F.avg_pool2d(x0, 2 ** k)
     x_s = (s * up(down(data)) if s else 0) + (1 - s) * noise
     x_e = e * data + (1 - e) * noise
@@ -121,12 +129,12 @@ def states_and_targets(x1, x0, t, counts, config):
     velocity (Appendix E, Alg. 5, Eq. (14), Eq. (15)) are those of LapFlow's scales >= k put together by Eq. (2): its
     mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)).
     """
-    pyramids = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), (*config.T, 0.0))]
+    pyramids = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), config.times[1:])]
     x_t, u, first = [], [], 0
     for k, last in enumerate(counts):
         rows = slice(0 if config.flow == 'lapflow' else first, last)
         if config.flow == 'pyramidal':
-            state, target = pyramidal_flow(x1[rows], x0[rows], t[rows], k, config.T)
+            state, target = pyramidal_flow(x1[rows], x0[rows], t[rows], k, config.times)
         else:
             scales = [(data[rows], noise[rows], t[rows], start, config.path) for data, noise, start in pyramids[k:]]
             scales = scales[:1] if config.flow == 'lapflow' else scales
@@ -171,28 +179,36 @@ class LapFlowConfig:
     def K(self):
         return len(self.T) + 1
 
+    @property
+    def times(self):
+        """(T_0, ..., T_K): times[k] is T_k, scale k starts at times[k + 1]."""
+        return (1.0, *self.T, 0.0)
+
     def __post_init__(self):
         self.T = tuple(float(T_k) for T_k in self.T)
-        times = (1.0, *self.T, 0.0)
-        if not all(a > b for a, b in zip(times, times[1:])):
-            raise ValueError(f'T must decrease inside (0, 1), finest scale first, but it is {self.T}')
+        cell = 2 ** (self.K - 1) * self.patch
         for name in ('size', 'channels', 'patch', 'width', 'depth', 'heads'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, but it is {getattr(self, name)}')
-        cell = 2 ** (self.K - 1) * self.patch
-        if self.size % cell:
-            raise ValueError(f'the grid of {self.size} does not divide by 2^(K-1) x patch = {cell}: '
-                             f'take fewer scales than K = {self.K} or a patch other than {self.patch}')
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f'width must divide by 4 and by heads, but it is {self.width} with {self.heads} heads')
-        if self.n_classes < 0:
-            raise ValueError(f'n_classes must be 0 (unconditional) or more, but it is {self.n_classes}')
-        for name, choices in (('mask', ('causal', 'none', 'self')), ('path', ('linear', 'gvp', 'quadratic', 'cubic')),
-                              ('flow', ('lapflow', 'pyramidal', 'edify'))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}, but it is {getattr(self, name)!r}')
-        if not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'}:
-            raise ValueError(f"shared takes any of qkv,proj,ffn,mod, or '' for none, but it is {self.shared!r}")
+        for wrong, sentence in (
+                (not all(a > b for a, b in zip(self.times, self.times[1:])),
+                 f'T must decrease inside (0, 1), finest scale first, but it is {self.T}'),
+                (self.size % cell, f'the grid of {self.size} does not divide by 2^(K-1) x patch = {cell}: take fewer '
+                 f'scales than K = {self.K} or a patch other than {self.patch}'),
+                (self.width % self.heads or self.width % 4,
+                 f'width must divide by 4 and by heads, but it is {self.width} with {self.heads} heads'),
+                (self.n_classes < 0, f'n_classes must be 0 (unconditional) or more, but it is {self.n_classes}'),
+                (self.mask not in ('causal', 'none', 'self'), f'mask must be causal, none or self, not {self.mask!r}'),
+                (self.path not in ('linear', 'gvp', 'quadratic', 'cubic'),
+                 f'path must be linear, gvp, quadratic or cubic, not {self.path!r}'),
+                (self.flow not in ('lapflow', 'pyramidal', 'edify'),
+                 f'flow must be lapflow, pyramidal or edify, not {self.flow!r}'),
+                (self.flow == 'pyramidal' and self.path != 'linear',
+                 f'flow pyramidal is a straight line: its path must be linear, not {self.path!r}'),
+                (not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'},
+                 f"shared takes any of qkv,proj,ffn,mod, or '' for none, not {self.shared!r}")):
+            if wrong:
+                raise ValueError(sentence)
 
 
 def sinusoid(x, dim):
@@ -320,20 +336,17 @@ class LapFlow(nn.Module):
             self.register_buffer(f'positions_{k}', table, persistent=False)
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.depth))
         self.final = nn.ModuleList(FinalLayer(config) for _ in range(K))
-        self.apply(self._init_weights)
-        for layer in (self.t_embed[0], self.t_embed[2], self.y_embed):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
-        zero = [layer for block in self.blocks for layer in block.mod]
-        zero += [layer for final in self.final for layer in (final.mod, final.linear)]
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in (self.t_embed[0], self.t_embed[2], self.y_embed):
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.02)
+        gates = [module for block in self.blocks for module in block.mod]
+        outputs = [module for final in self.final for module in (final.mod, final.linear)]
+        for module in gates + outputs:
+            nn.init.zeros_(module.weight)
 
     def forward(self, x_t, t, y=None):
         """
@@ -342,8 +355,7 @@ class LapFlow(nn.Module):
         x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one alone.
         t: (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
         Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs.
-        The other flows have one scale active at a time: each of several is a batch of its own, with its part of t and
-        y.
+        The other flows have one scale active at a time: of several each is a batch of its own, with its part of t, y.
         """
         p, sizes = self.config.patch, [0 if x is None else len(x) for x in x_t]
         if self.config.flow != 'lapflow' and sum(map(bool, sizes)) > 1:

@@ -30,7 +30,7 @@ FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implic
 @torch.no_grad()
 def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0, frames=None):
     """
-    Alg. 2, LapFlow sampling: images from full-resolution noise.
+    Alg. 2, LapFlow sampling: images from full-resolution noise. With the other flows Alg. 4 and Alg. 6, alike in law.
 
     noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance
     tol, or of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs
@@ -40,7 +40,6 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
     """
     config, K, B = model.config, model.config.K, len(noise)
     x0, state, nfe = laplacian_pyramid(noise, K), (), 0
-    times = (1.0, *config.T, 0.0)
 
     def ode(t, x):
         nonlocal nfe
@@ -55,10 +54,10 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         return tuple(null + cfg * (cond - null) for cond, null in zip(v_y, v_null))
 
     for k in reversed(range(K)):
-        start, end = times[k + 1], times[k]
+        start, end = config.times[k + 1], config.times[k]
         # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising. The baselines go on
-        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k): Alg. 4, lines 7, 8; Alg. 6, lines
-        # 4, 6.
+        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k):
+        # Alg. 4, lines 7 and 8, and Alg. 6, lines 4 and 6.
         joining = path(torch.tensor(start), start, config.path)[2].item() * x0[k]
         if config.flow == 'lapflow':
             state = (joining, *state)
@@ -109,7 +108,7 @@ def save_grid(file, images, columns=10):
 def load_checkpoint(file, device):
     """The dict that train.py saved in a file; ends the script with one sentence if it is not one."""
     if not os.path.isfile(file):
-        raise SystemExit(f'there is no checkpoint {file!r}: train one with python train.py config/digits.py')
+        raise SystemExit(f'there is no checkpoint {file!r}: give --ckpt=OUT_DIR/ckpt.pt, or train one with train.py')
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True)
         missing = {'model', 'ema', 'optimizer', 'iter_num', 'model_args', 'config', 'data'} - set(checkpoint)
@@ -172,7 +171,8 @@ if __name__ == '__main__':
              f'cls must be -1 (all in turn) or a class below {config.n_classes}, but it is {cls}'),
             (cfg != 1 and not config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional'),
             (dtype not in ('float32', 'bfloat16'), f'dtype must be float32 or bfloat16, but it is {dtype!r}'),
-            (out and not out.endswith(('.png', '.npz', '/')), f'out must end in .png, .npz or /, but it is {out!r}'),
+            (out and not out.endswith(('.png',) if trajectory else ('.png', '.npz', '/')),
+             f'out must end in .png{"" if trajectory else ", .npz or /"}, but it is {out!r}'),
             (dtype == 'bfloat16' and method in ADAPTIVE, f'bfloat16 is too coarse for the steps of {method}: '
              f'take a fixed-step method, one of {", ".join(FIXED)}')):
         if wrong:

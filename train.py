@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import changes, configure
 from data import Dataset, decode, launch, load_vae, training_order
-from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets
+from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets
 from sample import ADAPTIVE, FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ if dtype == 'auto':
     has_bf16 = {'cuda': torch.cuda.is_bf16_supported, 'cpu': torch.cpu._is_amx_tile_supported}.get(device_type, bool)()
     dtype = 'bfloat16' if has_bf16 else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-slow_flash = device_type == 'cpu' and dtype == 'bfloat16'    # the backward pass of the CPU's flash attention is
+slow_flash = device_type == 'cpu' and dtype == 'bfloat16'    # flash attention's backward pass is slow there
 
 # Data and model
 if master and dataset == 'digits':
@@ -120,7 +120,8 @@ max_iters = epochs * data.n_train // batch_size if epochs else max_iters
 loss_weights = loss_weights or (1.0,) * K
 for wrong, sentence in (
         (min(eval_interval, log_interval, eval_images, sample_images, batch_size, shares, max_iters) < 1,
-         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters must be at least 1'),
+         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters (or the batches of the '
+         'epochs) must be at least 1'),
         ((size, channels) != (data.meta['size'], data.meta['channels']),
          f'{dataset} has size {data.meta["size"]} and {data.meta["channels"]} channels, not {size} and {channels}'),
         (0 < n_classes < classes, f'{dataset} has {classes} classes, not {n_classes}'),
@@ -128,6 +129,11 @@ for wrong, sentence in (
         (seed < 0, f'seed must be 0 or more, but it is {seed}'),
         (dtype not in ('float32', 'bfloat16'), f'dtype must be auto, float32 or bfloat16, but it is {dtype!r}'),
         (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
+        (steps < K or tol <= 0, f'steps must be at least {K}, and tol positive, but they are {steps} and {tol}'),
+        (not (0 <= ema_decay < 1 and 0 <= label_drop <= 1 and grad_clip >= 0),
+         f'ema_decay must be in [0, 1), label_drop in [0, 1] and grad_clip 0 or more, but they are {ema_decay}, '
+         f'{label_drop} and {grad_clip}'),
+        (not out_dir, 'out_dir must name a folder'),
         (len(loss_weights) != K, f'loss_weights must be one for each of the {K} scales, but it is {loss_weights}'),
         (batch_size % max(shares, 1) or batch_size < K * shares,
          f'batch_size {batch_size} must split evenly over {world} process(es) x {gradient_accumulation_steps} '
@@ -151,7 +157,7 @@ if os.path.exists(ckpt_path):
                               ('dataset', checkpoint['data'], data.meta)):
         if changes(there, here):
             raise SystemExit(f'train.py: {ckpt_path} holds another {what} ({"; ".join(changes(there, here))}): '
-                             'choose another out_dir')
+                             'give another --out_dir')
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])
     if ema is not None:
@@ -181,7 +187,7 @@ def forward(net, index, draws, share):
     noise, t, drop, flip, eps = (drawn if drawn is None else drawn[share] for drawn in draws)
     x1, y = data.batch(index[share], device, flip, eps)
     y = torch.where(drop, n_classes, y) if n_classes else None
-    counts = [len(range(-(-len(index) * (k + 1) // K))[share]) for k in range(K)]     # B_k: images with stage <= k
+    counts = [len(range(n)[share]) for n in packed_counts(len(index), K)]
     x_t, u = states_and_targets(x1, noise, t, counts, model_config)
     with autocast, sdpa_kernel(SDPBackend.MATH) if slow_flash else nullcontext():
         v = net(x_t, t, y)

@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import model as lapflow  # noqa: E402
 from configurator import configure  # noqa: E402
 from data import decode, launch, load_vae  # noqa: E402
-from model import LapFlow, LapFlowConfig, multiscale_loss, stage_times, states_and_targets  # noqa: E402
+from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets  # noqa: E402
 from sample import ADAPTIVE, generate, load_checkpoint, noise_of  # noqa: E402
 
 
@@ -32,7 +32,8 @@ def flops_per_segment(config):
     with torch.device('meta'):
         model = LapFlow(config)
         for s in reversed(range(config.K)):
-            x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k >= s else None
+            active = range(s, config.K) if config.flow == 'lapflow' else [s]
+            x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k in active else None
                  for k in range(config.K)]
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x, torch.empty(1))
@@ -42,7 +43,7 @@ def flops_per_segment(config):
 
 def trajectory_average(config):
     """FLOPs of one evaluation for one image, averaged over t in [0, 1]."""
-    times = (1.0, *config.T, 0.0)
+    times = config.times
     return sum(n * (times[k] - times[k + 1]) for n, k in zip(flops_per_segment(config), reversed(range(config.K))))
 
 
@@ -134,7 +135,7 @@ class Trainer:
 
     def __call__(self):
         K, B = self.config.K, self.B
-        counts = {'packed': [-(-(k + 1) * B // K) for k in range(K)], 'padded': [B] * K,
+        counts = {'packed': packed_counts(B, K), 'padded': [B] * K,
                   'one stage a step': [B if k >= self.steps % K else 0 for k in range(K)]}[self.packing]
         stage = (torch.arange(B, device=self.device) * K // B if self.packing == 'packed'
                  else torch.zeros(B, dtype=torch.long))

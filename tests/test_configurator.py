@@ -38,7 +38,7 @@ def test_values_arrive_with_the_settings_type(argv, key, value):
     (['--CONSTANT=3'], ("'CONSTANT'",)),
     (['--iters=1.5'], ('iters', 'int', '1.5')), (['--iters=many'], ('iters', 'int', 'many')),
     (['--iters=True'], ('iters', 'int')), (['--rate=fast'], ('rate', 'float', 'fast')),
-    (['--flag=1'], ('flag', 'bool')), (['--T=half'], ('T', 'tuple of numbers')),
+    (['--flag=1'], ('flag', 'True or False')), (['--T=half'], ('T', 'tuple of numbers')),
     (["--T=('a',)"], ('T', 'tuple of numbers')), (['--T=True'], ('T', 'tuple of numbers')),
     (['--iters'], ('--iters', 'needs a value')),
     (['--iters', '--flag=True'], ('--iters', 'needs a value')), (['nothing.py'], ('nothing.py', 'config file')),

@@ -245,8 +245,9 @@ def test_a_complete_dataset_is_left_alone(tmp_path, run):
     args = f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--device=cpu'
     run('data.py', *args, '--size=16')
     before = [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / 'x').iterdir()]
-    out, message = run('data.py', *args, '--size=8')
+    out, message = run('data.py', *args, '--size=16')
     assert 'is complete: 3 images' in out and message == ''
+    assert 'image_size is 16 there and 8 here' in run('data.py', *args, '--size=8')[1]
     assert before == [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / 'x').iterdir()]
 
 

@@ -315,7 +315,7 @@ def test_parameters_of_L2(T, shared, millions):
     (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
     (dict(patch=0), 'patch'), (dict(width=18), 'width'), (dict(heads=3), 'heads'),
     (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared'),
-    (dict(n_classes=-2), 'n_classes'), (dict(depth=0), 'depth')))
+    (dict(n_classes=-2), 'n_classes'), (dict(flow='pyramidal', path='gvp'), 'straight'), (dict(depth=0), 'depth')))
 def test_impossible_settings_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         LapFlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)

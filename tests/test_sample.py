@@ -18,7 +18,8 @@ class Oracle:
 
     def __init__(self, velocity, T, kind='linear', n_classes=0):
         self.velocity, self.calls = velocity, []
-        self.config = SimpleNamespace(T=T, K=len(T) + 1, path=kind, n_classes=n_classes, flow='lapflow')
+        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, path=kind, n_classes=n_classes,
+                                      flow='lapflow')
 
     def __call__(self, x_t, t, y=None):
         self.calls.append(([k for k, x in enumerate(x_t) if x is not None], t, y))

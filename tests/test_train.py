@@ -234,6 +234,11 @@ def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     ('train.py', ['--batch_size=1'], ('batch_size', 'scale')),
     ('train.py', ['--loss_weights=1,1,1'], ('loss_weights',)),
     ('train.py', ['--seed=-1'], ('seed',)),
+    ('train.py', ['--tol=0.0'], ('tol',)),
+    ('train.py', ['--grad_clip=-1'], ('grad_clip',)),
+    ('train.py', ['--device=cuda:9'], ('device',)),
+    ('sample.py', ['--device=gpu'], ('device', 'gpu')),
+    ('sample.py', ['--trajectory=True', '--out=x.npz'], ('.png',)),
     ('train.py', ['--dtype=float8'], ('dtype',)),
     ('train.py', ['--method=heun'], ('method',)),
     ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('another model', 'width', '32', '64')),
@@ -250,7 +255,7 @@ def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     ('sample.py', ['--num_samples=0'], ('num_samples',)),
     ('sample.py', ['--seed=-1'], ('seed',)),
     ('sample.py', ['--dtype=bfloat16', '--method=dopri5'], ('bfloat16', 'euler')),
-    ('sample.py', ['--out=x.jpg'], ('.png',)),
+    ('sample.py', ['--out=x.jpg'], ('.png', '.npz')),
 ))
 def test_bad_input_gets_one_sentence_and_destroys_nothing(script, args, words, trained, run, workplace):
     torch.save({'model': {}}, workplace / 'other.pt')
