@@ -57,7 +57,11 @@ def launch(device, backend='auto'):
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group(('nccl' if 'cuda' in device else 'gloo') if backend == 'auto' else backend)
+        # A name of its own for every attempt of torchrun --max_restarts, which else would find the lost one's addresses
+        store, _, _ = next(dist.rendezvous('env://'))
+        attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        backend = ('nccl' if 'cuda' in device else 'gloo') if backend == 'auto' else backend
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
     return device, rank, world
 
 

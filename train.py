@@ -270,20 +270,21 @@ while iteration < max_iters:
                          'untouched: try a lower learning_rate, more warmup_iters or dtype=float32')
     loss, rate = total.item(), (iteration - logged) * batch_size / (time.time() - clock)
     row = dict(iter=iteration, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(), images_per_s=rate)
-    if master and evaluating:
-        started = time.time()
-        row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
-        save()
-        print(f'iter {iteration}: held-out', ', '.join(f'{row[f"heldout_{k}"]:.4f} (scale {k})' for k in range(K)),
-              f'| {ckpt_path} and samples.png written in {time.time() - started:.1f} s')
     if master:
         left = round((max_iters - iteration) * batch_size / rate)
         print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
               f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
-        with open(log_path, 'a') as f:
+        started = time.time()
+        if evaluating:
+            row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
+        with open(log_path, 'a') as f:      # before the checkpoint: resuming drops rows, but cannot make up for one
             f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
         if wandb_log:
             wandb.log(row, step=iteration)
+        if evaluating:
+            save()
+            print('held-out', ', '.join(f'{row[f"heldout_{k}"]:.4f} (scale {k})' for k in range(K)),
+                  f'| {ckpt_path} and samples.png written in {time.time() - started:.1f} s')
     logged, clock = iteration, time.time()
 
 if world > 1:

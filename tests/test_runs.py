@@ -2,8 +2,10 @@
 The paper's configs end to end at reduced width and grid: images, a VAE's latents, training, samples decoded to PNG.
 """
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -139,33 +141,43 @@ def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     train([sys.executable], 'one', 14)
     train([sys.executable], 'mixed', 4)
     train(two, 'mixed', 14)
-    losses = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True)['loss']
-              for out in ('one', 'mixed')]
-    assert len(losses[0]) == len(losses[1]) == 14
-    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+    logs = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True) for out in ('one', 'mixed')]
+    assert len(logs[0]) == len(logs[1]) == 14
+    for key in ('loss', 'grad_norm'):
+        np.testing.assert_allclose(logs[0][key], logs[1][key], atol=1e-5)
     one, mixed = (torch.load(latent_run / out / 'ckpt.pt', weights_only=True) for out in ('one', 'mixed'))
     for name in one['model']:
         torch.testing.assert_close(one['model'][name], mixed['model'][name], atol=1e-4, rtol=0)
 
 
-def test_a_lost_process_ends_the_job(latent_run):
-    """kill -9 one of two processes: torchrun stops the other and fails, in seconds."""
+def lose_a_process(latent_run, out_dir, restarts, iterations):
+    """Kills one of two processes after some iterations. Returns the job's exit status and what it wrote to stderr."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--monitor-interval=0.1', os.path.join(ROOT, 'train.py'), 'config/celebahq256.py', *SMALL, '--size=16',
-               '--dataset=x', '--max_iters=100000', '--out_dir=lost', '--eval_interval=100000']
-    import signal
-    import time
-    job = subprocess.Popen(command, cwd=latent_run, env=dict(os.environ, OMP_NUM_THREADS='1'),
-                           stderr=subprocess.PIPE, text=True)
+               f'--max_restarts={restarts}', '--monitor-interval=0.1', os.path.join(ROOT, 'train.py'),
+               'config/celebahq256.py', *SMALL, '--size=16', '--dataset=x', f'--max_iters={iterations}',
+               f'--out_dir={out_dir}', '--eval_interval=30']
+    job = subprocess.Popen(command, cwd=latent_run, env=dict(os.environ, OMP_NUM_THREADS='1'), text=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        log, children = latent_run / 'lost' / 'log.csv', f'/proc/{job.pid}/task/{job.pid}/children'
-        while not log.exists() or log.read_text().count('\n') < 3:
+        while not (latent_run / out_dir / 'ckpt.pt').exists():
             assert job.poll() is None
             time.sleep(0.05)
-        with open(children) as f:
-            workers = f.read().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        _, errors = job.communicate(timeout=60)
+        with open(f'/proc/{job.pid}/task/{job.pid}/children') as f:
+            os.kill(int(f.read().split()[-1]), signal.SIGKILL)
+        _, errors = job.communicate(timeout=100)
     finally:
         job.kill()
-    assert job.returncode != 0 and 'SIGKILL' in errors
+    return job.returncode, errors
+
+
+def test_a_lost_process_ends_the_job(latent_run):
+    """torchrun stops the other process and fails, with a message."""
+    status, errors = lose_a_process(latent_run, 'lost', restarts=0, iterations=10 ** 6)
+    assert status != 0 and 'SIGKILL' in errors
+
+
+def test_torchrun_starts_a_job_again_that_resumes(latent_run):
+    status, errors = lose_a_process(latent_run, 'again', restarts=1, iterations=90)
+    assert status == 0, errors
+    log = np.genfromtxt(latent_run / 'again' / 'log.csv', delimiter=',', names=True)
+    assert log['iter'].tolist() == list(range(1, 91))
