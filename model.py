@@ -150,9 +150,9 @@ def multiscale_loss(v, u, weights, B):
     Eq. (7) over a packed batch of B images: the sum over scales of w_k (B_k / B) mean (v - u)^2, where B_k / B is the
     share of images that Alg. 1 trains scale k with. v and u are lists of K tensors. Returns the loss and the K means.
     """
-    errors = torch.stack([F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)])
-    shares = errors.new_tensor([w * len(u_k) / B for w, u_k in zip(weights, u)])
-    return (shares * errors).sum(), errors.detach()
+    errors = [F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)]
+    loss = sum(w * len(u_k) / B * error for w, u_k, error in zip(weights, u, errors))
+    return loss, torch.stack(errors).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

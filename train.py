@@ -116,7 +116,7 @@ try:
 except ValueError as error:
     raise SystemExit(f'train.py: {error}')
 K, shares = model_config.K, world * gradient_accumulation_steps
-max_iters = epochs * data.n_train // batch_size if epochs else max_iters
+max_iters = epochs * data.n_train // max(batch_size, 1) if epochs else max_iters
 loss_weights = loss_weights or (1.0,) * K
 for wrong, sentence in (
         (min(eval_interval, log_interval, eval_images, sample_images, batch_size, shares, max_iters) < 1,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from data import Dataset  # noqa: E402
+from fid import frechet_distance  # noqa: E402
 
 
 class Judge(nn.Module):
@@ -51,11 +52,8 @@ def train_judge(data, epochs=3):
 
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to two feature sets, (n, d) each."""
-    (m, S), (n, R) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (a.astype(np.float64), b.astype(np.float64)))
-    values, vectors = np.linalg.eigh(S)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    eigenvalues = np.linalg.eigvalsh(root @ R @ root).clip(0)
-    return float(((m - n) ** 2).sum() + np.trace(S) + np.trace(R) - 2 * np.sqrt(eigenvalues).sum())
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
 
 
 @torch.no_grad()

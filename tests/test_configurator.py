@@ -64,8 +64,7 @@ def test_config_files_come_first_to_last_and_are_checked(tmp_path, monkeypatch):
 
 def test_the_repositorys_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {name: 0 for name in ()} | train_defaults()
-    assert configure(namespace, ['config/digits.py'])['out_dir'] == 'out-digits'
+    assert configure(train_defaults(), ['config/digits.py'])['out_dir'] == 'out-digits'
 
 
 def train_defaults(script='train.py'):

@@ -140,8 +140,6 @@ def test_samples_and_every_handover_have_the_training_covariance(flow, T):
     gaussian, frames = Gaussian(config, torch.linalg.cholesky(covariance)), []
     unit = torch.eye(n, dtype=torch.float64).view(n, 1, 8, 8)
     x, _ = generate(gaussian, unit, method='rk4', steps=60, frames=frames)
-    # Exact where the best velocity depends on nothing but the state that the sampler has, as for the baselines;
-    # LapFlow's too.
     torch.testing.assert_close(x.flatten(1).T @ x.flatten(1), covariance, atol=5e-3, rtol=0)
     for s in reversed(range(config.K)):
         for i in (0, 5):        # the first and last frame of the segment

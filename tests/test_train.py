@@ -232,6 +232,7 @@ def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     ('train.py', ['--n_classes=0'], ('cfg',)),
     ('train.py', ['--batch_size=7', '--gradient_accumulation_steps=2'], ('batch_size',)),
     ('train.py', ['--batch_size=1'], ('batch_size', 'scale')),
+    ('train.py', ['--batch_size=0', '--epochs=1'], ('batch_size',)),
     ('train.py', ['--loss_weights=1,1,1'], ('loss_weights',)),
     ('train.py', ['--seed=-1'], ('seed',)),
     ('train.py', ['--tol=0.0'], ('tol',)),
