@@ -61,8 +61,8 @@ def reconstruct(pyramid):
 
 def path(t, start, kind='linear'):
     """
-    Eq. (4a), Eq. (4b) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at `start`,
-    T_{k+1}.
+    Eq. (4a), Eq. (4b), Eq. (13) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at
+    `start`, T_{k+1}.
 
     t is a tensor of any shape with values in [start, 1]; kind is 'linear', 'gvp', 'quadratic' or 'cubic' (the last two
     decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape.
@@ -148,7 +148,8 @@ def states_and_targets(x1, x0, t, counts, config):
 def multiscale_loss(v, u, weights, B):
     """
     Eq. (7) over a packed batch of B images: the sum over scales of w_k (B_k / B) mean (v - u)^2, where B_k / B is the
-    share of images that Alg. 1 trains scale k with. v and u are lists of K tensors. Returns the loss and the K means.
+    share of images that Alg. 1 trains scale k with. For EdifyImage it is Eq. (16). v and u are lists of K tensors.
+    Returns the loss and the K means.
     """
     errors = [F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)]
     loss = sum(w * len(u_k) / B * error for w, u_k, error in zip(weights, u, errors))
@@ -168,7 +169,7 @@ class LapFlowConfig:
     width: int = 1024       # DiT B, L, XL: width 768, 1024, 1152; depth 12, 24, 28; heads 12, 16, 16
     depth: int = 24
     heads: int = 16
-    T: tuple = (0.5,)       # K = len(T) + 1 scales; () is single-scale flow matching
+    T: tuple = (0.5,)       # K = len(T) + 1 scales; () is single-scale flow matching; Eq. (10) recommends thirds
     n_classes: int = 0      # 0 is unconditional
     mask: str = 'causal'    # which scales a scale sees: 'causal' (itself and coarser), 'none' (all), 'self' (itself)
     shared: str = ''        # which parts of a block all scales share: any of 'qkv', 'proj', 'ffn', 'mod', with commas

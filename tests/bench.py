@@ -3,15 +3,21 @@ Speed and cost, measured.
 
     python tests/bench.py --ckpt out-digits/ckpt.pt     # a checkpoint's row of the paper's Table 1
     python tests/bench.py                               # this engine against what it replaces, step for step
+    python tests/bench.py --what=loop                   # what surrounds a step: data, evaluation, checkpoints
+    python tests/bench.py --what=costs                  # Appendix C beside the FLOP counter
 
 A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once. Ratios are of interleaved repeats.
 """
+import json
+import math
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from itertools import count
 
 import numpy as np
 import torch
@@ -21,13 +27,30 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 import model as lapflow  # noqa: E402
 from configurator import configure  # noqa: E402
-from data import decode, launch, load_vae  # noqa: E402
+from data import Dataset, decode, launch, load_vae, training_order  # noqa: E402
 from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets  # noqa: E402
 from sample import ADAPTIVE, generate, load_checkpoint, noise_of  # noqa: E402
 
 
+def attention_cost(T):
+    """
+    Appendix C for any T: Eq. (11), the tokens of every scale and segment, and Eq. (12), attention's cost averaged over
+    the trajectory, in units of a single scale's N^2 d. Returns two: when every active token attends to every other (the
+    paper's analysis), and when a scale attends to itself and the coarser ones only (Eq. (9), what is computed here).
+    """
+    times, dense, causal = (1.0, *T, 0.0), 0.0, 0.0
+    for s in range(len(T) + 1):
+        tokens = [4.0 ** -k for k in range(s, len(T) + 1)]
+        dense += (times[s] - times[s + 1]) * sum(tokens) ** 2
+        causal += (times[s] - times[s + 1]) * sum(n * sum(tokens[i:]) for i, n in enumerate(tokens))
+    return dense, causal
+
+
 def flops_per_segment(config):
-    """FLOPs of one evaluation for one image in every segment, coarsest first, by torch's counter on the meta device."""
+    """
+    FLOPs of one evaluation for one image in every segment, coarsest first, by torch's counter on the meta device: the
+    whole network's and attention's.
+    """
     counts = []
     with torch.device('meta'):
         model = LapFlow(config)
@@ -37,14 +60,27 @@ def flops_per_segment(config):
                  for k in range(config.K)]
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x, torch.empty(1))
-            counts.append(counter.get_total_flops())
+            attention = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'addmm' not in str(op))
+            counts.append((counter.get_total_flops(), attention))
     return counts
 
 
 def trajectory_average(config):
-    """FLOPs of one evaluation for one image, averaged over t in [0, 1]."""
-    times = config.times
-    return sum(n * (times[k] - times[k + 1]) for n, k in zip(flops_per_segment(config), reversed(range(config.K))))
+    """FLOPs of one evaluation for one image, averaged over t in [0, 1]: the whole network's and attention's."""
+    lengths = [config.times[k] - config.times[k + 1] for k in reversed(range(config.K))]
+    return np.average(flops_per_segment(config), axis=0, weights=lengths)
+
+
+def costs():
+    """Prints Appendix C's analysis, what the counter measures of DiT-L/2, and Table 1's GFLOPs, all over LFM's."""
+    print("| DiT-L/2 | attention, Eq. (12), dense | under Eq. (9)'s mask | counted | whole network, counted | "
+          "the paper's Table 1 |\n|" + ' --- |' * 6)
+    for size, T, paper in ((32, (0.5,), 16.5 / 22.1), (64, (2 / 3, 1 / 3), 41.7 / 43.5),
+                           (128, (2 / 3, 1 / 3), 148.2 / 154.8)):
+        ours, single = (trajectory_average(LapFlowConfig(size=size, T=T)) for T in (T, ()))
+        row = *attention_cost(T), *reversed(ours / single), paper
+        print(f'| {size} grid, T = ({", ".join(f"{T_k:.3g}" for T_k in T)}) | '
+              + ' | '.join(f'{ratio:.3f}' for ratio in row) + ' |')
 
 
 def synchronize(device):
@@ -91,14 +127,15 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     y = torch.arange(batch_size, device=device) % config.n_classes if config.n_classes else None
     one, one_decoded, nfes = seconds_per_image(model, 1, y, method, steps, tol, cfg, decoder, device, seeds)
     many, many_decoded, _ = seconds_per_image(model, batch_size, y, method, steps, tol, cfg, decoder, device, 1)
-    segments, average = flops_per_segment(config), trajectory_average(config)
-    single = trajectory_average(LapFlowConfig(**checkpoint['model_args'] | dict(T=())))
+    segments, average = flops_per_segment(config), trajectory_average(config)[0]
+    single = trajectory_average(LapFlowConfig(**checkpoint['model_args'] | dict(T=())))[0]
     solver = f'{method} at {tol:g}' if method in ADAPTIVE else f'{method}, {steps} steps'
     row = {'parameters (with VAE)': f'{parameters / 1e6:.1f} M ({(parameters + vae_parameters) / 1e6:.1f} M)',
            'solver': solver, 'NFE, batch 1': f'{np.mean(nfes):.1f}',
            's/image, batch 1 (with decoding)': f'{one:.3f} ({one_decoded:.3f})',
            f's/image, batch {batch_size} (with decoding)': f'{many:.4f} ({many_decoded:.4f})',
-           'GFLOPs per evaluation': f'{average / 1e9:.3f}', 'by segment': ', '.join(f'{n / 1e9:.3f}' for n in segments),
+           'GFLOPs per evaluation': f'{average / 1e9:.3f}',
+           'by segment': ', '.join(f'{n / 1e9:.3f}' for n, _ in segments),
            'of T=()': f'{average / single:.3f}', 'device': f'{hardware(device)}, float32', 'T': config.T}
     print(f'NFE is the mean over {seeds} seeds at batch 1, a guided pair counted once (cfg {cfg:g}); '
           'a multiply-add is 2 FLOPs.')
@@ -120,10 +157,11 @@ def dense_attention(qkv, mask):
 class Trainer:
     """A whole training step (forward, backward, AdamW, EMA) of one variant on random data, a call a step."""
 
-    def __init__(self, config, batch, device, autocast, packing='packed', compiled=False):
+    def __init__(self, config, batch, device, autocast, packing='packed', compiled=False, checkpoint_blocks=False):
         self.config, self.B, self.device, self.autocast, self.packing = config, batch, device, autocast, packing
         torch.manual_seed(0)
         self.model = LapFlow(config).to(device)
+        self.model.checkpoint_blocks = checkpoint_blocks
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.x1, self.x0 = torch.randn(2, batch, config.channels, config.size, config.size, device=device)
@@ -155,52 +193,156 @@ class Trainer:
         self.steps += 1
 
 
-def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled):
-    """Prints images/s of whole training steps for this engine and what it replaces, and their ratios."""
-    base = dict(size=size, channels=4, patch=patch, width=width, depth=depth, heads=heads)
-    bf16 = 'cuda' in device or torch.cpu._is_amx_tile_supported()
-    autocast = lambda: torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
-    if device == 'cpu':
-        torch.backends.cuda.enable_flash_sdp(False)     # as train.py
-    ours, dense = LapFlowConfig(**base, T=T), lapflow.global_attention
-    single = LapFlowConfig(**base, T=())
-    variants = {
-        'packed, no mask (ours)': (Trainer(ours, batch_size, device, autocast, compiled=compiled), dense),
-        'one stage a step': (Trainer(ours, batch_size, device, autocast, 'one stage a step', compiled), dense),
-        'padded, dense mask': (Trainer(ours, batch_size, device, autocast, 'padded', compiled), dense_attention),
-        'single scale, T=()': (Trainer(single, batch_size, device, autocast, compiled=compiled), dense),
-    }
-    seconds, cycle = {name: [] for name in variants}, ours.K     # a whole cycle of stages is one repeat
-    for repeat in range(repeats + 1):
-        for name, (step, attention) in variants.items():
+class Sampler:
+    """Twenty Euler steps for a batch, shared among the segments, with the model of a Trainer."""
+
+    def __init__(self, trainer):
+        self.trainer, c = trainer, trainer.config
+        self.noise = noise_of(0, range(trainer.B), (c.channels, c.size, c.size)).to(trainer.device)
+
+    def __call__(self):
+        with self.trainer.autocast():
+            generate(self.trainer.model, self.noise, self.trainer.y, 'euler', 20)
+
+
+def interleaved(variants, repeats, calls, device):
+    """Seconds per call of each variant, a name's (function, attention): a list of `repeats`, after a warm-up."""
+    seconds, ours = {name: [] for name in variants}, lapflow.global_attention
+    for _ in range(repeats + 1):
+        for name, (function, attention) in variants.items():
             lapflow.global_attention = attention
             synchronize(device)
             start = time.perf_counter()
-            for _ in range(cycle):
-                step()
+            for _ in range(calls):
+                function()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / cycle)
-    lapflow.global_attention = dense
-    print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, '
-          f'{"bfloat16" if bf16 else "float32"}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
-          f'medians of {repeats} interleaved repeats')
-    print('| training step | images/s | ours is faster by (median of ratios, min to max) |\n| --- | --- | --- |')
-    for name in variants:
-        ratios = sorted(a / b for a, b in zip(seconds[name][1:], seconds['packed, no mask (ours)'][1:]))
-        print(f'| {name} | {batch_size / statistics.median(seconds[name][1:]):.1f} | {statistics.median(ratios):.2f} '
+            seconds[name].append((time.perf_counter() - start) / calls)
+    lapflow.global_attention = ours
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def print_ratios(what, seconds, images, flops, ceiling):
+    """A table of images/s, its arithmetic as a share of the matmul ceiling, and by how much the first is faster."""
+    print(f'| {what} | images/s | of the matmul ceiling | the first is faster by (median of ratios, min to max) |\n'
+          + '|' + ' --- |' * 4)
+    first = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        ratios, rate = sorted(a / b for a, b in zip(values, first)), images / statistics.median(values)
+        print(f'| {name} | {rate:.1f} | {rate * flops[name] / ceiling:.0%} | {statistics.median(ratios):.2f} '
               f'({ratios[0]:.2f} to {ratios[-1]:.2f}) |')
 
 
+def precision(device):
+    """Whether the hardware has bfloat16, and a function that makes the autocast of it."""
+    bf16 = 'cuda' in device or torch.cpu._is_amx_tile_supported()
+    if device == 'cpu':
+        torch.backends.cuda.enable_flash_sdp(not bf16)      # in training, as train.py
+    return bf16, lambda: torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
+
+
+def matmul_ceiling(device, bf16, n=4096):
+    """FLOP/s of the best of ten large matrix products."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = math.inf
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled):
+    """Prints images/s of training steps and of sampling for this engine and what it replaces, and their ratios."""
+    base = dict(size=size, channels=4, patch=patch, width=width, depth=depth, heads=heads)
+    bf16, autocast = precision(device)
+    ours, single, own = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=()), lapflow.global_attention
+    steps = {
+        'packed, no mask (ours)': (Trainer(ours, batch_size, device, autocast, compiled=compiled), own),
+        'one stage a step': (Trainer(ours, batch_size, device, autocast, 'one stage a step', compiled), own),
+        'padded, dense mask': (Trainer(ours, batch_size, device, autocast, 'padded', compiled), dense_attention),
+        'single scale, T=()': (Trainer(single, batch_size, device, autocast, compiled=compiled), own),
+    }
+    print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, '
+          f'{"bfloat16" if bf16 else "float32"}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
+          f'medians of {repeats} interleaved repeats')
+    # The arithmetic is that of a packed batch, for padded ones too: what they do besides is waste
+    packed = {name: 3 * packed_flops(step.config, batch_size) / batch_size for name, (step, _) in steps.items()}
+    ceiling = matmul_ceiling(device, bf16)
+    print_ratios('training step', interleaved(steps, repeats, ours.K, device), batch_size, packed, ceiling)
+    samplers = {name: (Sampler(step), attention) for name, (step, attention) in steps.items()
+                if name != 'one stage a step'}
+    drawn = {name: 20 * trajectory_average(sampler.trainer.config)[0] for name, (sampler, _) in samplers.items()}
+    print()
+    print_ratios('sampling, 20 Euler steps', interleaved(samplers, repeats, 1, device), batch_size, drawn, ceiling)
+    if 'cuda' in device:
+        del steps, samplers
+        for blocks in (False, True):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step = Trainer(ours, batch_size, device, autocast, compiled=compiled, checkpoint_blocks=blocks)
+            for _ in range(2):
+                step()
+            print(f'peak memory of a training step, checkpoint_blocks {blocks}: '
+                  f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB')
+            del step
+
+
+def packed_flops(config, B):
+    """Forward FLOPs of one packed batch of B images, by torch's counter."""
+    shape = (B, config.channels, config.size, config.size)
+    with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
+        x_t, _ = states_and_targets(torch.empty(shape), torch.empty(shape), torch.empty(B),
+                                    packed_counts(B, config.K), config)
+        LapFlow(config)(x_t, torch.empty(B), torch.empty(B, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled, folder):
+    """Prints the seconds of what surrounds a training step: reading latents, evaluating, saving and loading."""
+    config = LapFlowConfig(size=size, patch=patch, width=width, depth=depth, heads=heads, T=T)
+    bf16, autocast = precision(device)
+    N, file = 4096, os.path.join(folder, 'ckpt.pt')
+    latents = np.random.default_rng(0).standard_normal((N, 2, 8, size, size), np.float32).astype(np.float16)
+    np.save(os.path.join(folder, 'latents.npy'), latents)
+    np.save(os.path.join(folder, 'labels.npy'), np.zeros(N, np.int64))
+    with open(os.path.join(folder, 'meta.json'), 'w') as f:
+        json.dump(dict(vae='random', count=N, heldout=0, flips=2, scaling_factor=1.0), f)
+    data, step, position = Dataset(folder), Trainer(config, batch_size, device, autocast, compiled=compiled), count()
+    eps = torch.randn(batch_size, 4, size, size, device=device)
+
+    def read():
+        index = training_order(next(position) * batch_size, batch_size, N, 0)
+        data.batch(index, device, index % 2 == 0, eps)
+
+    def save():
+        torch.save(dict(model=step.model.state_dict(), ema=step.ema, optimizer=step.optimizer.state_dict()), file)
+
+    parts = {'training step': step, f'reading {batch_size} latents': read,
+             'evaluation: 20 Euler steps of a batch': Sampler(step), 'saving a checkpoint': save,
+             'loading it': lambda: torch.load(file, map_location=device, weights_only=True)}
+    own = lapflow.global_attention
+    seconds = interleaved({name: (part, own) for name, part in parts.items()}, repeats, 1, device)
+    print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, {hardware(device)}, '
+          f'{os.path.getsize(file) / 1e6:.0f} MB checkpoint, medians of {repeats} interleaved repeats')
+    print('| | seconds | of a training step |\n| --- | --- | --- |')
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds['training step'])]
+        print(f'| {name} | {statistics.median(values):.4f} | {statistics.median(ratios):.1%} |')
+
+
 if __name__ == '__main__':
-    ckpt = ''               # a checkpoint: its Table-1 row; '': the engine's table
-    batch_size = 32
+    what = 'engine'         # the engine against what it replaces; 'loop': what surrounds a step; 'costs': Appendix C
+    ckpt = ''               # a checkpoint: its Table-1 row instead
+    batch_size = 0          # 0: 32 on a CPU, 256 on a GPU
     device = 'auto'
     seeds = 5               # of the NFE and the time at batch 1
     method = 'dopri5'       # these four: the checkpoint's own, unless given
     steps = 50
     tol = 1e-5
     cfg = 1.0
-    width = 384             # of the engine's table
+    width = 0               # 0: DiT-B, L and XL on a GPU; 384, depth 6, 6 heads on a CPU
     depth = 6
     heads = 6
     patch = 2
@@ -209,11 +351,22 @@ if __name__ == '__main__':
     repeats = 5
     compiled = False
     configure(globals())
+    if what not in ('engine', 'loop', 'costs') or min(repeats, seeds) < 1:
+        raise SystemExit('bench.py: what must be engine, loop or costs, and repeats and seeds at least 1')
     device, _, _ = launch(device)
+    gpu = 'cuda' in device
+    batch_size = batch_size or (256 if gpu else 32)
     if ckpt:
         saved = load_checkpoint(ckpt, 'cpu')['config']
         method, steps, tol, cfg = (saved[key] for key in ('method', 'steps', 'tol', 'cfg'))
         configure(globals())
         table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds)
+    elif what == 'costs':
+        costs()
     else:
-        engine(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled)
+        shapes = [(width, depth, heads)] if width else [(768, 12, 12), (1024, 24, 16), (1152, 28, 16)] if gpu else \
+            [(384, 6, 6)]
+        for shape in shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                rest = (patch, size, T, batch_size, repeats, device, compiled)
+                engine(*shape, *rest) if what == 'engine' else loop(*shape, *rest, folder)

@@ -6,9 +6,9 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as lapflow
+from bench import attention_cost, trajectory_average
 from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, path, reconstruct,
                    stage_times, states_and_targets, velocity)
 
@@ -276,24 +276,27 @@ def test_packed_stages_equal_algorithm_1_image_by_image(mask, weights):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
 
 
-def flops(size, T):
-    """FLOPs of L/2 averaged over the trajectory, whole and attention alone, counted on the meta device."""
-    with torch.device('meta'):
-        config = LapFlowConfig(size=size, T=T)
-        model, times, average = LapFlow(config), (1.0, *config.T, 0.0), np.zeros(2)
-        for s in range(config.K):
-            x = [torch.empty(1, 4, size >> k, size >> k) if k >= s else None for k in range(config.K)]
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(x, torch.empty(1))
-            attention = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'addmm' not in str(op))
-            average += (times[s] - times[s + 1]) * np.array([counter.get_total_flops(), attention])
-    return average
-
-
 @pytest.mark.parametrize('size, T, whole, attention', ((32, (0.5,), 0.7505, 0.69), (128, (0.67, 0.33), 0.535, 0.49)))
 def test_the_causal_mask_saves_what_the_design_promises(size, T, whole, attention):
-    ratio = flops(size, T) / flops(size, ())
+    ours, single = (trajectory_average(LapFlowConfig(size=size, T=T)) for T in (T, ()))
+    ratio = ours / single
     assert 0.9 * whole < ratio[0] <= whole and 0.9 * attention < ratio[1] <= attention
+
+
+def test_attention_costs_appendix_C_for_any_T():
+    """Eq. (12) at thirds as printed; a count of every visible pair of tokens; and torch's counter, Eq. (9)'s share."""
+    assert round(attention_cost((2 / 3, 1 / 3))[0], 2) == 0.61 and attention_cost(()) == (1, 1)
+    for T in ((0.5,), (0.67, 0.33), (0.9, 0.2, 0.1)):
+        times, pairs = (1.0, *T, 0.0), np.zeros(2)
+        for s in range(len(T) + 1):
+            scale = np.concatenate([np.full(64 >> 2 * k, k) for k in range(s, len(T) + 1)])
+            visible = scale[None] >= scale[:, None]     # M_c, row by row
+            pairs += (times[s] - times[s + 1]) * np.array([visible.size, visible.sum()]) / 64 ** 2
+        np.testing.assert_allclose(attention_cost(T), pairs, rtol=1e-12)
+        # The one token of t, beside 16,384 at the finest scale, is the difference
+        tall = dict(width=8, depth=1, heads=1, size=256, patch=2)
+        ours, single = (trajectory_average(LapFlowConfig(**tall, T=T))[1] for T in (T, ()))
+        np.testing.assert_allclose(ours / single, attention_cost(T)[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize('T, shared, millions', (

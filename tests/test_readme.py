@@ -34,7 +34,7 @@ TESTS = {name for file in os.listdir(os.path.join(ROOT, 'tests')) if file.starts
 
 @pytest.mark.parametrize('paper, code, tests', rows())
 def test_the_map_leads_to_functions_that_name_their_equations(paper, code, tests):
-    sources = [source_of(*place.split(':')) for place in re.findall(r'`([\w.]+:\w+)`', code)]
+    sources = [source_of(*place.split(':')) for place in re.findall(r'`([\w./]+:\w+)`', code)]
     tags = re.findall(r'Eq\. \(\w+\)|Alg\. \d|Appendix [A-Z]|Sec\. [\d.]*\d', paper)
     assert sources and tags
     for tag in tags:
