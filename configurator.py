@@ -7,6 +7,7 @@ A config file is Python that assigns settings, and is run as such: use only file
 """
 import ast
 import difflib
+import fcntl
 import json
 import os
 import sys
@@ -47,6 +48,21 @@ def claim(folder, settings):
         with open(file + '.tmp', 'w') as f:
             json.dump(settings, f, indent=1)
         os.replace(file + '.tmp', file)
+
+
+def hold(file, held=[]):
+    """
+    Makes a file, with its folders, and locks it until this process ends. Ends the script with a sentence if another
+    process has done so, or if nothing can be written there.
+    """
+    try:
+        os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
+        held.append(open(file, 'w'))
+        fcntl.lockf(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f'another process is writing here ({file} is locked): wait for it, or choose another place')
+    except OSError as error:
+        raise SystemExit(f'cannot write here: {error}')
 
 
 def configure(namespace, argv=None):

@@ -15,6 +15,7 @@ Pillow's own font, made on first use, in seconds, without a download.
 """
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,11 +31,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import changes, claim, configure
+from configurator import changes, claim, configure, hold
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE, to bound its memory
 TO_DO, DONE, CORRUPT = 0, 1, 2      # what state.npy says of an image
+LARGEST_FILE = 2 ** 28              # of an image: beyond these bytes a .zip is taken for a bomb
 
 
 def launch(device, backend='auto'):
@@ -65,6 +67,31 @@ def launch(device, backend='auto'):
     return device, rank, world
 
 
+def checksum(file):
+    """The crc32 of a file's first GiB: that takes a second or two, so it can be compared before every run."""
+    crc = 0
+    with open(file, 'rb') as f:
+        while f.tell() < 2 ** 30 and (part := f.read(2 ** 24)):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def new_array(file, kind, shape, copies=1):
+    """A new .npy of zeros, mapped into memory; ends the script if there is no room for so many copies of it."""
+    needed = copies * math.prod(shape) * np.dtype(kind).itemsize
+    free = shutil.disk_usage(os.path.dirname(file) or '.').free
+    if needed > free:
+        raise SystemExit(f'{file} needs {needed / 1e9:.1f} GB of disk, and only {free / 1e9:.1f} GB are free')
+    return np.lib.format.open_memmap(file, 'w+', kind, shape)
+
+
+def write_meta(folder, array, meta):
+    """Completes a prepared dataset: its meta.json, with the checksums of its array and labels.npy."""
+    meta['checksums'] = {file: checksum(os.path.join(folder, file)) for file in (array, 'labels.npy')}
+    with open(os.path.join(folder, 'meta.json'), 'w') as f:
+        json.dump(meta, f, indent=1)
+
+
 def draw_digit(label, rng):
     """One 32 x 32 uint8 digit, white on black; its size, stroke, rotation, shear and shift are drawn from rng."""
     size, stroke = rng.uniform(50, 64), rng.integers(1, 4)
@@ -91,8 +118,7 @@ def make_digits(folder, train=20_000, heldout=2_000):
     temporary = tempfile.mkdtemp(dir=os.path.dirname(os.path.abspath(folder)))
     np.save(os.path.join(temporary, 'images.npy'), images)
     np.save(os.path.join(temporary, 'labels.npy'), labels)
-    with open(os.path.join(temporary, 'meta.json'), 'w') as f:
-        json.dump(meta, f, indent=1)
+    write_meta(temporary, 'images.npy', meta)
     os.chmod(temporary, 0o755)
     try:
         os.rename(temporary, folder)
@@ -132,11 +158,13 @@ class ImageFiles:
     def read(self, i):
         """Image i, upright, in 8-bit RGB, what is transparent over white. Errors are Pillow's."""
         if self.zip:
-            with self.lock:
-                data = self.zip.read(self.names[i])
+            with self.lock, self.zip.open(self.names[i]) as f:      # read, never extracted
+                data = f.read(LARGEST_FILE + 1)
         else:
             with open(os.path.join(self.source, self.names[i]), 'rb') as f:
-                data = f.read()
+                data = f.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise ValueError(f'larger than {LARGEST_FILE >> 20} MB')
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if image.mode == 'F' or image.mode.startswith('I'):     # Pillow would clip these instead of scaling them
             grey = np.rint(np.asarray(image) / 257)
@@ -213,11 +241,25 @@ class Dataset:
         if not prepared(folder):
             raise SystemExit(f'there is no prepared dataset in {name} or {folder}: make one with '
                              f'python data.py --source=IMAGES --out={folder}')
-        with open(os.path.join(folder, 'meta.json')) as f:
-            self.meta = json.load(f)
-        array = np.load(os.path.join(folder, 'latents.npy' if self.meta['vae'] else 'images.npy'), mmap_mode='r')
-        self.images, self.latents = (None, array) if self.meta['vae'] else (array, None)
-        self.labels = np.load(os.path.join(folder, 'labels.npy'))
+        try:
+            with open(os.path.join(folder, 'meta.json')) as f:
+                self.meta = meta = json.load(f)
+            N, size, C = meta['count'], meta['size'], meta['channels']
+            name, shape = ('latents.npy', (N, meta['flips'], 2 * C, size, size)) if meta['vae'] else \
+                ('images.npy', (N, size, size, C))
+            array = np.load(os.path.join(folder, name), mmap_mode='r')
+            self.labels = np.load(os.path.join(folder, 'labels.npy'))
+            for file, value in meta.get('checksums', {}).items():
+                if checksum(os.path.join(folder, file)) != value:
+                    raise ValueError(f'{file} is not what was written')
+            if array.shape != shape or self.labels.shape != (N,):
+                raise ValueError(f'{name} is {array.shape} with {self.labels.shape} labels, and meta.json says {shape}')
+            if self.labels.min() < 0 or self.labels.max() >= max(1, len(meta['classes'])):
+                raise ValueError('labels.npy has labels beyond the classes of meta.json')
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f'the dataset {folder} is damaged ({type(error).__name__}: {error}): delete it and make '
+                             'it again')
+        self.images, self.latents = (None, array) if meta['vae'] else (array, None)
         self.n_train = self.meta['count'] - self.meta['heldout']
         self.heldout = np.arange(self.n_train if self.meta['heldout'] else 0, self.meta['count'])
 
@@ -300,18 +342,16 @@ if __name__ == '__main__':
     array_file, state_file = os.path.join(partial, 'array.npy'), os.path.join(partial, 'state.npy')
     settings = dict(source=source, images=f'{N}, names {zlib.crc32(repr(files.names).encode()):08x}', size=size,
                     vae=vae, flip=flip, heldout=heldout, batch_size=batch_size, dtype=dtype)
+    if rank == 0:
+        hold(os.path.join(partial, '.lock'))
     if rank == 0 and os.path.exists(os.path.join(partial, 'settings.json')) and os.path.exists(array_file):
         claim(partial, settings)
         state = np.load(state_file, mmap_mode='r+')
         state[state == CORRUPT] = TO_DO     # they may have been mended
         print(f'continuing {partial}: {(state == DONE).sum()} of {N} images are done')
     elif rank == 0:
-        os.makedirs(partial, exist_ok=True)
-        needed, free = int(np.prod(shape)) * np.dtype(kind).itemsize, shutil.disk_usage(partial).free
-        if needed > free:
-            raise SystemExit(f'data.py: {out} needs {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free')
-        np.lib.format.open_memmap(array_file, 'w+', kind, shape)
-        np.lib.format.open_memmap(state_file, 'w+', np.uint8, (N,))
+        new_array(array_file, kind, shape)
+        new_array(state_file, np.uint8, (N,))
         claim(partial, settings)        # last: with it, the arrays are there
     if world > 1:
         dist.barrier()
@@ -367,15 +407,14 @@ if __name__ == '__main__':
             meta |= dict(scaling_factor=scale, latent_std=total_std)
             print(f'scaling factor {scale}, standard deviation of the scaled latents {total_std}')
         np.save(os.path.join(final, 'labels.npy'), files.labels[kept])
-        with open(os.path.join(final, 'meta.json'), 'w') as f:
-            json.dump(meta, f, indent=1)
         if len(corrupt):
-            compact = np.lib.format.open_memmap(os.path.join(final, name), 'w+', kind, (len(kept), *shape[1:]))
+            compact = new_array(os.path.join(final, name), kind, (len(kept), *shape[1:]))
             for row, i in enumerate(kept):
                 compact[row] = array[i]
             compact.flush()
         else:
             os.replace(array_file, os.path.join(final, name))
+        write_meta(final, name, meta)
         os.rename(final, out)
         shutil.rmtree(partial)
         print(f'{out}: {len(kept)} images of {len(files.classes)} classes, {channels} x {grid} x {grid}, '

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import configure
-from data import ImageFiles, center_crop, launch
+from data import Dataset, ImageFiles, center_crop, launch
 
 URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
@@ -242,12 +242,10 @@ def open_images(path, size=0):
     in_order = map
     with reading(path, 'a prepared dataset, an .npz with arr_0 (N x H x W x C uint8), a folder or a .zip of images'):
         if os.path.isfile(os.path.join(path, 'meta.json')):
-            with open(os.path.join(path, 'meta.json')) as f:
-                meta = json.load(f)
-            if not os.path.isfile(os.path.join(path, 'images.npy')):
+            data = Dataset(path)
+            if data.images is None:
                 fail(f'{path!r} is a dataset of latents: give the images that it was made from')
-            load = np.load(os.path.join(path, 'images.npy'), mmap_mode='r').__getitem__
-            count = meta['count'] - meta['heldout']
+            load, count = data.images.__getitem__, data.n_train
         elif path.endswith('.npz'):
             member = zipfile.ZipFile(path).open('arr_0.npy')    # read image by image: 50,000 are 10 GB
             np.lib.format.read_magic(member)
@@ -290,6 +288,8 @@ def load_statistics(path):
     with reading(path, 'an .npz of images (arr_0) or statistics (mu, sigma)'), np.load(path, allow_pickle=False) as f:
         if not {'mu', 'sigma'} <= set(f.files):
             return None
+        if any(f.zip.getinfo(f'{key}.npy').file_size > 2 ** 26 for key in ('mu', 'sigma')):
+            raise ValueError('mu and sigma are too large for 2048 features')
         mu, sigma = f['mu'], f['sigma']
         if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(mu.sum() + sigma.sum()):
             raise ValueError('mu and sigma must be finite and of 2048 features')

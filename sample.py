@@ -10,6 +10,7 @@ Noise and label of sample i depend on (seed, i) alone, so fixed-step solvers dra
 """
 import os
 import time
+import zipfile
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,8 +20,8 @@ from PIL import Image, ImageDraw
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import claim, configure
-from data import decode, launch, load_vae
+from configurator import claim, configure, hold
+from data import decode, launch, load_vae, new_array
 from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct, up
 
 ADAPTIVE = ('dopri5', 'dopri8', 'bosh3', 'fehlberg2', 'adaptive_heun')
@@ -36,7 +37,8 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
     tol, or of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs
     classifier-free guidance, v_null + cfg (v_y - v_null) on every channel, in one forward of twice the batch; 1 is the
     conditional model. frames, a list, receives (t, state) at six times of every segment, a state being a list of K.
-    Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once.
+    Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once. Raises
+    FloatingPointError, with a sentence, if a model that has diverged makes the ODE insoluble.
     """
     config, K, B = model.config, model.config.K, len(noise)
     x0, state, nfe = laplacian_pyramid(noise, K), (), 0
@@ -71,7 +73,13 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
             options = dict(grid_constructor=lambda f, x, t: torch.linspace(start, end, n + 1, device=t.device))
             if 'adams' in method:
                 options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
-        states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
+        try:
+            states, reason = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options), 'not finite'
+        except AssertionError as error:     # torchdiffeq's, where steps shrink to nothing or a state is NaN
+            states, reason = (), str(error)
+        if not states or not all(x[-1].isfinite().all() for x in states):
+            raise FloatingPointError(f'the ODE cannot be solved from t = {start:g} to {end:g} ({reason}): the model '
+                                     'diverged or hardly trained, but a fixed-step method or a larger tol may draw')
         state = tuple(x[-1] for x in states)
         if frames is not None:
             idle = [None] * (K - k - len(states))
@@ -110,6 +118,9 @@ def load_checkpoint(file, device):
     if not os.path.isfile(file):
         raise SystemExit(f'there is no checkpoint {file!r}: give --ckpt=OUT_DIR/ckpt.pt, or train one with train.py')
     try:
+        with zipfile.ZipFile(file) as members:
+            if members.testzip():
+                raise ValueError('a checksum is wrong')     # torch writes them, but does not compare
         checkpoint = torch.load(file, map_location=device, weights_only=True)
         missing = {'model', 'ema', 'optimizer', 'iter_num', 'model_args', 'config', 'data'} - set(checkpoint)
     except Exception as error:
@@ -187,8 +198,9 @@ if __name__ == '__main__':
 
     # Every process draws every world-th sample, into PNGs of its own or its rows of one array on the disk
     folder, mine, array_file = out.endswith('/'), range(rank, num_samples, world), f'{out}.partial.npy'
+    lock_file = os.path.join(out, '.lock') if folder else f'{out}.lock'
     if rank == 0:
-        os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+        hold(lock_file)
         if folder:
             claim(out, dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], seed=seed, cls=cls, method=method, steps=steps,
                             tol=tol, cfg=cfg, dtype=dtype))
@@ -196,7 +208,7 @@ if __name__ == '__main__':
                 raise SystemExit(f'sample.py: {out} holds more than {num_samples} samples: choose another --out')
         else:
             shape = (meta['image_size'], meta['image_size'], 3) if vae else (config.size, config.size, config.channels)
-            np.lib.format.open_memmap(array_file, 'w+', np.uint8, (num_samples, *shape))
+            new_array(array_file, np.uint8, (num_samples, *shape), copies=2)
     if world > 1:
         dist.barrier()
     if folder:
@@ -208,13 +220,17 @@ if __name__ == '__main__':
         index = mine[first:first + batch_size]
         noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
         y = torch.tensor([labels[i] for i in index], device=device) if labels else None
-        with autocast:
-            x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
+        try:
+            with autocast:
+                x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
+        except FloatingPointError as error:
+            raise SystemExit(f'sample.py: {error}')
         nfes.append(nfe)
         for i, image in zip(index, to_uint8(decode(vae, x, meta))):
             if folder:
-                to_picture(image).save(os.path.join(out, f'{i:06}.png.tmp'), format='png')
-                os.replace(os.path.join(out, f'{i:06}.png.tmp'), os.path.join(out, f'{i:06}.png'))
+                file = os.path.join(out, f'{i:06}.png')
+                to_picture(image).save(f'{file}.tmp', format='png')
+                os.replace(f'{file}.tmp', file)
             else:
                 images[i] = image
     if world > 1:
@@ -229,6 +245,7 @@ if __name__ == '__main__':
             save_grid(out, images)
         if not folder:
             os.remove(array_file)
+            os.remove(lock_file)
         nfe = f'{np.mean(nfes):.1f}' if nfes else '0 (all were there)'
         print(f'{num_samples} samples, {method}, NFE {nfe}, {time.time() - started:.1f} s: {out}')
     if world > 1:

@@ -11,6 +11,7 @@ rounding.
 import copy
 import math
 import os
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import changes, configure
+from configurator import changes, configure, hold
 from data import Dataset, decode, launch, load_vae, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets
 from sample import ADAPTIVE, FIXED, generate, load_checkpoint, noise_of, save_grid, to_uint8
@@ -205,9 +206,12 @@ def evaluate():
     counts = torch.tensor(counts, device=device)
     y = torch.arange(sample_images, device=device) % n_classes if n_classes else None
     noise = noise_of(seed, range(sample_images), (channels, size, size)).to(device)
-    with autocast if method in FIXED else nullcontext():
-        x, _ = generate(net, noise, y, method, steps, tol, cfg)
-    save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(decode(vae, x, data.meta)))
+    try:
+        with autocast if method in FIXED else nullcontext():
+            x, _ = generate(net, noise, y, method, steps, tol, cfg)
+        save_grid(os.path.join(out_dir, 'samples.png'), to_uint8(decode(vae, x, data.meta)))
+    except FloatingPointError as error:
+        print(f'no samples.png this time: {error}')
     return ((torch.stack(errors) * counts).sum(0) / counts.sum(0)).tolist()
 
 
@@ -215,16 +219,22 @@ def save():
     """Writes the checkpoint in one step: whoever looks finds the old one or the new one, whole."""
     checkpoint = dict(model=model.state_dict(), ema=ema and ema.state_dict(), optimizer=optimizer.state_dict(),
                       iter_num=iteration, model_args=model_args, config=config, data=data.meta)
-    torch.save(checkpoint, ckpt_path + '.tmp')
+    try:
+        torch.save(checkpoint, ckpt_path + '.tmp')
+    except RuntimeError as error:       # what torch makes of a full disk
+        os.remove(ckpt_path + '.tmp')
+        raise OSError(str(error).splitlines()[0]) from error
     os.replace(ckpt_path + '.tmp', ckpt_path)
 
 
 if master:
-    os.makedirs(out_dir, exist_ok=True)
+    hold(os.path.join(out_dir, '.lock'))
     names = ['iter', 'loss', 'lr', 'grad_norm', 'images_per_s'] + [f'heldout_{k}' for k in range(K)]
     rows = open(log_path).read().splitlines()[1:] if iteration and os.path.exists(log_path) else []
-    with open(log_path, 'w') as f:      # what an interrupted run logged after its last checkpoint will be logged again
-        f.writelines(line + '\n' for line in [','.join(names)] + [r for r in rows if int(r.split(',')[0]) <= iteration])
+    rows = [row for row in rows if row.count(',') == len(names) - 1 and int(row.split(',')[0]) <= iteration]
+    with open(log_path + '.tmp', 'w') as f:     # what was logged after the last checkpoint will be logged again
+        f.writelines(line + '\n' for line in [','.join(names), *rows])
+    os.replace(log_path + '.tmp', log_path)
     print(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {K} scales of {size} x {size} and coarser, '
           f'{data.n_train} images, {max_iters} iterations of {batch_size}, {world} process(es) on {device}, {dtype}')
     if wandb_log:
@@ -235,6 +245,8 @@ if compile:
         block.compile(dynamic=False)
 net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 finite = torch.ones((), dtype=torch.bool, device=device)
+terminated = []             # by SIGTERM, as when a job is preempted: save at the next log step, and end
+signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 logged, clock = iteration, time.time()
 
 while iteration < max_iters:
@@ -262,29 +274,39 @@ while iteration < max_iters:
     evaluating = iteration % eval_interval == 0 or iteration == max_iters
     if not evaluating and iteration % log_interval:
         continue
+    report = torch.stack([total, torch.full_like(total, len(terminated))])
     if world > 1:
-        dist.all_reduce(total)
-        total /= world
+        dist.all_reduce(report)
+    loss, stop = report.tolist()        # all processes stop at the same iteration
     if not finite:
         raise SystemExit(f'train.py: the gradient is not finite at or before iteration {iteration}; {ckpt_path} is '
                          'untouched: try a lower learning_rate, more warmup_iters or dtype=float32')
-    loss, rate = total.item(), (iteration - logged) * batch_size / (time.time() - clock)
-    row = dict(iter=iteration, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(), images_per_s=rate)
+    rate = (iteration - logged) * batch_size / (time.time() - clock)
+    row = dict(iter=iteration, loss=loss / world, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(),
+               images_per_s=rate)
     if master:
         left = round((max_iters - iteration) * batch_size / rate)
-        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
+        print(f'iter {iteration}/{max_iters}: loss {row["loss"]:.4f}, {rate:.1f} images/s, '
               f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         started = time.time()
-        if evaluating:
-            row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
-        with open(log_path, 'a') as f:      # before the checkpoint: resuming drops rows, but cannot make up for one
-            f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
+        try:
+            if evaluating:
+                row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
+            with open(log_path, 'a') as f:      # before the checkpoint: resuming drops rows, but cannot make up for one
+                f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
+            if evaluating or stop:
+                save()
+        except OSError as error:
+            raise SystemExit(f'train.py: cannot write to {out_dir} ({error}); what {ckpt_path} last held is whole')
         if wandb_log:
             wandb.log(row, step=iteration)
         if evaluating:
-            save()
             print('held-out', ', '.join(f'{row[f"heldout_{k}"]:.4f} (scale {k})' for k in range(K)),
                   f'| {ckpt_path} and samples.png written in {time.time() - started:.1f} s')
+    if stop:
+        if master:
+            print(f'terminated: {ckpt_path} holds iteration {iteration}; run the same command again to go on')
+        break
     logged, clock = iteration, time.time()
 
 if world > 1:

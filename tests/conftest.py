@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import sys
 
 import pytest
@@ -33,11 +34,12 @@ def run(workplace, monkeypatch, capsys):
 
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *args])
-        message = ''
+        message, handler = '', signal.getsignal(signal.SIGTERM)
         try:
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
         except SystemExit as end:
             message = str(end.code or '')
+        signal.signal(signal.SIGTERM, handler)
         return capsys.readouterr().out, message
     return run
 
@@ -58,3 +60,12 @@ def vae_folder(tmp_path_factory):
                   down_block_types=('DownEncoderBlock2D',) * 2,
                   up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
     return str(folder)
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'soak: minutes of random kills; run with -m soak')
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'soak' not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker('soak')]

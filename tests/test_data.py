@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -222,8 +223,9 @@ def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
     prepared = Dataset(str(tmp_path / 'x'))
     assert (prepared.images == np.stack([np.asarray(picture) for picture in pictures])).all()
     assert prepared.labels.tolist() == [0] * 5 + [1] * 5
+    checksums = {name: zlib.crc32(x[name]) for name in ('images.npy', 'labels.npy')}
     assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10,
-                                 heldout=0, classes=['a', 'b'], flips=2, vae='', corrupt=[])
+                                 heldout=0, classes=['a', 'b'], flips=2, vae='', corrupt=[], checksums=checksums)
     assert prepared.n_train == 10 and prepared.heldout.tolist() == list(range(10))
     assert not (tmp_path / 'x.partial').exists()
 

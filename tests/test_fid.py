@@ -270,7 +270,8 @@ def prepare(folder, images, heldout):
     os.makedirs(folder)
     np.save(folder / 'images.npy', images)
     N, H, W, C = images.shape
-    meta = dict(source='test', size=H, channels=C, count=N, heldout=heldout, vae='')
+    np.save(folder / 'labels.npy', np.zeros(N, np.int64))
+    meta = dict(source='test', size=H, channels=C, count=N, heldout=heldout, flips=1, classes=[], vae='')
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 

@@ -1,0 +1,76 @@
+"""
+Quality against the number of evaluations, of a digits checkpoint.
+
+    python tests/solvers.py --ckpt out-digits/ckpt.pt
+    python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --cfg=2 --interval=0.3,0.8
+    python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
+
+For each of `runs`, METHOD:STEPS or METHOD:TOLERANCE, it draws the same class-conditional samples, float32, and prints
+NFE, seconds, accuracy and Frechet distance (tests/judge.py). Two experiments change the model on its way: guidance only
+at times inside `interval`, and velocities of residuals projected onto the space that residuals lie in, v - Up(Down(v)).
+"""
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, '..'), HERE]
+from configurator import configure  # noqa: E402
+from data import Dataset  # noqa: E402
+from judge import frechet, load_judge, read  # noqa: E402
+from model import LapFlow, LapFlowConfig, down, up  # noqa: E402
+from sample import ADAPTIVE, generate, load_checkpoint, noise_of, to_uint8  # noqa: E402
+
+
+class Changed(torch.nn.Module):
+    """A model with guidance inside an interval of time, and projected velocities of residuals."""
+
+    def __init__(self, model, cfg, interval, project):
+        super().__init__()
+        self.model, self.config, self.cfg, self.interval, self.project = model, model.config, cfg, interval, project
+
+    def forward(self, x_t, t, y):
+        v = self.model(x_t, t, y)
+        if self.cfg != 1 and self.interval[0] <= t[0] <= self.interval[1]:
+            null = self.model(x_t, t, torch.full_like(y, self.config.n_classes))
+            v = [None if a is None else b + self.cfg * (a - b) for a, b in zip(v, null)]
+        if self.project:
+            v = [v_k if v_k is None or k == self.config.K - 1 else v_k - up(down(v_k)) for k, v_k in enumerate(v)]
+        return v
+
+
+if __name__ == '__main__':
+    ckpt = 'out-digits/ckpt.pt'
+    runs = ','.join(f'{method}:{steps}' for steps in (5, 10, 20, 40, 80) for method in ('euler', 'midpoint', 'rk4')) \
+        + ',dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5'
+    num_samples = 2000
+    batch_size = 100
+    seed = 0
+    cfg = 1.0
+    interval = (0.0, 1.0)
+    project = False
+    configure(globals())
+    checkpoint = load_checkpoint(ckpt, 'cpu')
+    model = LapFlow(LapFlowConfig(**checkpoint['model_args'])).eval()
+    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    data, config = Dataset('digits'), model.config
+    judge, labels = load_judge(data), np.arange(num_samples) % 10
+    reference = read(judge, data.batch(np.arange(num_samples))[0])[1]
+    changed = Changed(model, cfg, interval, project)
+    print('| solver | NFE | s per 100 images | accuracy | Frechet |\n| --- | --- | --- | --- | --- |')
+    for run in runs.split(','):
+        method, number = run.split(':')
+        settings = dict(tol=float(number)) if method in ADAPTIVE else dict(steps=int(number))
+        images, nfes, started = [], [], time.time()
+        for first in range(0, num_samples, batch_size):
+            noise = noise_of(seed, range(first, first + batch_size), (config.channels, config.size, config.size))
+            x, nfe = generate(changed, noise, torch.from_numpy(labels[first:first + batch_size]), method, **settings)
+            images.append(torch.from_numpy(to_uint8(x)))
+            nfes.append(nfe)
+        seconds = (time.time() - started) / num_samples * 100
+        predicted, features = read(judge, torch.cat(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        print(f'| {method}, {number} | {np.mean(nfes):.0f} | {seconds:.2f} | {(predicted == labels).mean():.4f} | '
+              f'{frechet(features, reference):.2f} |', flush=True)
