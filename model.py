@@ -99,9 +99,11 @@ def stage_times(stage, uniform, config):
     Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,). Pyramidal Flow trains a
     stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s].
     """
-    times = torch.tensor(config.times, device=uniform.device, dtype=uniform.dtype)
-    end = times[stage] if config.flow == 'pyramidal' else 1
-    return times[stage + 1] + (end - times[stage + 1]) * uniform
+    t = uniform
+    for s in range(config.K):       # with plain numbers: a tensor of the times would have to be copied to the device
+        start, end = config.times[s + 1], config.times[s] if config.flow == 'pyramidal' else 1
+        t = torch.where(stage == s, start + (end - start) * uniform, t)
+    return t
 
 
 def pyramidal_flow(x1, x0, t, k, times):

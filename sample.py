@@ -163,6 +163,7 @@ if __name__ == '__main__':
     cfg = 1.0
     device = 'auto'
     dtype = 'float32'       # TF32 on GPUs; bfloat16 is for fixed-step methods
+    compile = False         # torch.compile, block by block: for many samples
     configure(globals())
     device, rank, world = launch(device)
     checkpoint = load_checkpoint(ckpt, device)
@@ -190,6 +191,9 @@ if __name__ == '__main__':
             raise SystemExit(f'sample.py: {sentence}')
     model = LapFlow(config).to(device).eval()
     model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    if compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     vae = load_vae(meta, device) if meta['vae'] else None
     out = out or os.path.join(os.path.dirname(ckpt), 'trajectory.png' if trajectory else 'samples.png')

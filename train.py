@@ -147,6 +147,7 @@ model.checkpoint_blocks = checkpoint_blocks
 parameters = list(model.parameters())
 optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 ema = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
+averages = list(ema.parameters()) if ema_decay else None
 vae = load_vae(data.meta, device) if master and data.meta['vae'] else None
 iteration = 0
 
@@ -269,7 +270,7 @@ while iteration < max_iters:
     if ema is not None:
         decay = min(ema_decay, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(averages, parameters, 1 - decay)
 
     evaluating = iteration % eval_interval == 0 or iteration == max_iters
     if not evaluating and iteration % log_interval:

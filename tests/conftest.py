@@ -1,6 +1,7 @@
 import os
 import runpy
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -47,6 +48,14 @@ def run(workplace, monkeypatch, capsys):
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
         '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4',
         '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
+
+
+@pytest.fixture(scope='session')
+def trained(workplace):
+    """The folder of one uninterrupted tiny run."""
+    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'], cwd=workplace,
+                   check=True)
+    return workplace / 'out-whole'
 
 
 @pytest.fixture(scope='session')

@@ -35,14 +35,6 @@ def losses(folder):
         return [{key: row[key] for key in row if key != 'images_per_s'} for row in csv.DictReader(f)]
 
 
-@pytest.fixture(scope='module')
-def trained(workplace):
-    """The checkpoint of one uninterrupted tiny run."""
-    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'],
-                   cwd=workplace, check=True)
-    return workplace / 'out-whole'
-
-
 def test_a_run_leaves_a_checkpoint_a_log_and_a_picture(trained):
     checkpoint = load(trained)
     assert checkpoint['iter_num'] == 6 and checkpoint['data']['source'] == 'digits'
