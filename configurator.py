@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import json
 import os
+import shutil
 import sys
 
 
@@ -59,6 +60,8 @@ def hold(file, held=[]):
         os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
         held.append(open(file, 'w'))
         fcntl.lockf(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if shutil.disk_usage(file).free < 2 ** 20:
+            raise OSError(f'the disk of {file} is full')
     except BlockingIOError:
         raise SystemExit(f'another process is writing here ({file} is locked): wait for it, or choose another place')
     except OSError as error:

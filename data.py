@@ -252,8 +252,8 @@ class Dataset:
             for file, value in meta.get('checksums', {}).items():
                 if checksum(os.path.join(folder, file)) != value:
                     raise ValueError(f'{file} is not what was written')
-            if array.shape != shape or self.labels.shape != (N,):
-                raise ValueError(f'{name} is {array.shape} with {self.labels.shape} labels, and meta.json says {shape}')
+            if array.shape != shape or len(self.labels) != N:
+                raise ValueError(f'{name} is {array.shape} with {len(self.labels)} labels, and meta.json says {shape}')
             if self.labels.min() < 0 or self.labels.max() >= max(1, len(meta['classes'])):
                 raise ValueError('labels.npy has labels beyond the classes of meta.json')
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -224,7 +224,7 @@ def save():
         torch.save(checkpoint, ckpt_path + '.tmp')
     except RuntimeError as error:       # what torch makes of a full disk
         os.remove(ckpt_path + '.tmp')
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(f'is the disk full? {str(error).splitlines()[0]}') from error
     os.replace(ckpt_path + '.tmp', ckpt_path)
 
 

@@ -1,11 +1,17 @@
 """What README says of the code is so: the map from the paper to functions and tests, and every file it names."""
 import ast
+import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
 
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 with open(os.path.join(ROOT, 'README.md')) as f:
     README = f.read()
@@ -54,3 +60,57 @@ def test_every_equation_tag_in_the_code_is_in_the_map():
 def test_the_files_that_readme_names_exist():
     for name in re.findall(r'\]\(([\w./-]+)\)', README) + re.findall(r'(?:config|tests|assets)/[\w-]+\.\w+', README):
         assert os.path.exists(os.path.join(ROOT, name)), name
+
+
+def blocks(language):
+    return re.findall(rf'```{language}\n(.*?)```', README, re.S)
+
+
+def run_block(code, trained, monkeypatch):
+    """Runs a block of Python in a folder that has what README speaks of; its variables."""
+    if not os.path.exists(trained.parent / 'out-digits'):
+        shutil.copytree(trained, trained.parent / 'out-digits')
+    monkeypatch.chdir(trained.parent)
+    variables = {'__name__': 'readme'}
+    exec(compile(code, 'README.md', 'exec'), variables)
+    return variables
+
+
+def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, monkeypatch):
+    variables, frames = run_block(blocks('python')[0], trained, monkeypatch), []
+    x, _ = variables['generate'](variables['model'], variables['noise'], variables['y'], 'euler', 40, frames=frames)
+    assert torch.equal(x, variables['x'])
+    fine, coarse = (state.unflatten(0, (4, 10)) for state in frames[-1][1])
+    assert (coarse - coarse[:, :1]).abs().max() < 1e-5 and (coarse[1:, 0] - coarse[:-1, 0]).abs().max() > 0.1
+    assert fine.std(1).mean() > 0.01
+
+
+def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
+    variables = run_block(blocks('python')[1], trained, monkeypatch)
+    pooled = torch.nn.functional.avg_pool2d(variables['image'], 2)
+    # All but the model's own mean of the residual, zero in the data and near it in any model
+    residual = variables['x'] - torch.nn.functional.interpolate(pooled, scale_factor=2)
+    drift = torch.nn.functional.avg_pool2d(residual, 2)
+    assert drift.abs().mean() < 0.2 * residual.abs().mean()
+
+
+@pytest.mark.parametrize('number, settings', ((0, ['--path=quartic']), (1, ['--dataset=vectors'])))
+def test_the_changes_that_readme_suggests_train_and_sample(number, settings, trained, tmp_path):
+    for file in ('model.py', 'train.py', 'sample.py', 'data.py', 'configurator.py'):
+        shutil.copy(os.path.join(ROOT, file), tmp_path)
+    shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
+    shutil.copytree(trained.parent / 'data', tmp_path / 'data')
+    for line in blocks('diff')[number].splitlines():
+        if line.startswith('---'):
+            file = tmp_path / line[4:]
+        elif line.startswith('-'):
+            before = line[1:]
+            assert file.read_text().count(before + '\n') == 1, before
+        else:
+            file.write_text(file.read_text().replace(before + '\n', line[1:] + '\n'))
+    vectors = shutil.copytree(tmp_path / 'data' / 'digits', tmp_path / 'data' / 'vectors')
+    np.save(vectors / 'labels.npy', np.eye(10, dtype=np.float32)[np.load(vectors / 'labels.npy')])
+    meta = json.loads((vectors / 'meta.json').read_text())
+    (vectors / 'meta.json').write_text(json.dumps(meta | dict(checksums={})))
+    for command in (['train.py', *TINY, *settings], ['sample.py', '--ckpt', 'out-digits/ckpt.pt', '--num_samples=12']):
+        subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
