@@ -31,6 +31,11 @@ def checked(settings, key, value, source):
     return value
 
 
+def in_words(error):
+    """An exception in one line."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+
+
 def changes(there, here):
     """What differs between two dicts of settings, in words, for each key of the second."""
     return [f'{key} is {there.get(key)!r} there and {here[key]!r} here' for key in here if there.get(key) != here[key]]

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import changes, claim, configure, hold
+from configurator import changes, claim, configure, hold, in_words
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE, to bound its memory
@@ -143,11 +143,13 @@ class ImageFiles:
         else:
             raise SystemExit(f'{source!r} is neither a folder nor a .zip of images')
         self.names = sorted(name for name in found if name.lower().endswith(ENDINGS)
-                            and not any(part.startswith('.') or part == '__MACOSX' for part in name.split('/')))
+                            and not any(part == '__MACOSX' or part.startswith('.') and part != '.'
+                                        for part in name.split('/')))
         if not self.names:
             raise SystemExit(f'there are no images in {source!r} (looked for {" ".join(ENDINGS)})')
-        around = len(os.path.commonpath([os.path.dirname(name) for name in self.names]))
-        inner = [name[around:].lstrip('/') for name in self.names]
+        names = [os.path.normpath('/' + name)[1:] for name in self.names]
+        around = len(os.path.commonpath([os.path.dirname(name) for name in names]))
+        inner = [name[around:].lstrip('/') for name in names]
         classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in inner], return_inverse=True)
         self.classes = [] if '' in classes else classes.tolist()
         self.labels = labels if self.classes else np.zeros(len(inner), np.int64)
@@ -197,7 +199,7 @@ def load_vae(meta, device):
         vae = AutoencoderKL.from_pretrained(meta['vae'], **options).requires_grad_(False).eval().to(device)
     except (OSError, ValueError) as error:
         raise SystemExit(f'data.py: vae must be a folder or the Hugging Face id of an AutoencoderKL, and with '
-                         f'{meta["vae"]!r} there is an error: {error}')
+                         f'{meta["vae"]!r} there is an error: {in_words(error)}')
     found = dict(scaling_factor=vae.config.scaling_factor, channels=vae.config.latent_channels)
     for key in found:
         if meta.get(key, found[key]) != found[key]:
@@ -245,23 +247,22 @@ class Dataset:
             with open(os.path.join(folder, 'meta.json')) as f:
                 self.meta = meta = json.load(f)
             N, size, C = meta['count'], meta['size'], meta['channels']
-            name, shape = ('latents.npy', (N, meta['flips'], 2 * C, size, size)) if meta['vae'] else \
+            array_file, shape = ('latents.npy', (N, meta['flips'], 2 * C, size, size)) if meta['vae'] else \
                 ('images.npy', (N, size, size, C))
-            array = np.load(os.path.join(folder, name), mmap_mode='r')
+            array = np.load(os.path.join(folder, array_file), mmap_mode='r')
             self.labels = np.load(os.path.join(folder, 'labels.npy'))
             for file, value in meta.get('checksums', {}).items():
                 if checksum(os.path.join(folder, file)) != value:
                     raise ValueError(f'{file} is not what was written')
             if array.shape != shape or len(self.labels) != N:
-                raise ValueError(f'{name} is {array.shape} with {len(self.labels)} labels, and meta.json says {shape}')
+                raise ValueError(f'it has {array.shape} and {len(self.labels)} labels, and meta.json says {shape}')
             if self.labels.min() < 0 or self.labels.max() >= max(1, len(meta['classes'])):
                 raise ValueError('labels.npy has labels beyond the classes of meta.json')
+            self.n_train = N - meta['heldout']
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f'the dataset {folder} is damaged ({type(error).__name__}: {error}): delete it and make '
-                             'it again')
+            raise SystemExit(f'the dataset {folder} is damaged ({in_words(error)}): delete it and make it again')
         self.images, self.latents = (None, array) if meta['vae'] else (array, None)
-        self.n_train = self.meta['count'] - self.meta['heldout']
-        self.heldout = np.arange(self.n_train if self.meta['heldout'] else 0, self.meta['count'])
+        self.heldout = np.arange(self.n_train if meta['heldout'] else 0, N)
 
     def batch(self, index, device='cpu', flip=None, eps=None):
         """
@@ -310,18 +311,21 @@ if __name__ == '__main__':
     for wrong, sentence in (
             (not source or not out, 'say what to make of what: python data.py --source=DIR_OR_ZIP --out=data/NAME'),
             (min(size, batch_size, workers) < 1, 'size, batch_size and workers must be at least 1'),
-            (dtype not in ('auto', 'float32', 'float16', 'bfloat16'), f'there is no dtype {dtype!r}'),
+            (dtype not in ('auto', 'float32', 'float16', 'bfloat16'),
+             f'dtype must be auto, float32, float16 or bfloat16, not {dtype!r}'),
             (os.path.exists(out) and not os.path.isfile(os.path.join(out, 'meta.json')),
              f'{out} exists and is no prepared dataset: choose another --out')):
         if wrong:
             raise SystemExit(f'data.py: {sentence}')
     device, rank, world = launch(device, 'gloo')
     if os.path.exists(out):
-        meta, wanted = Dataset(out).meta, dict(image_size=size, vae=vae, flips=2 if flip else 1, heldout=heldout)
+        meta = Dataset(out).meta
+        wanted = dict(source=source, image_size=size, vae=vae, flips=2 if flip else 1, heldout=heldout)
         if changes(meta, wanted):
             raise SystemExit(f'data.py: {out} was made with other settings ({"; ".join(changes(meta, wanted))}): '
                              'choose another --out, or delete it')
-        print(f'{out} is complete: {meta["count"]} images')
+        if rank == 0:
+            print(f'{out} is complete: {meta["count"]} images')
         raise SystemExit
 
     files = ImageFiles(source)
@@ -348,6 +352,8 @@ if __name__ == '__main__':
                     vae=vae, flip=flip, heldout=heldout, batch_size=batch_size, dtype=dtype)
     if rank == 0:
         hold(os.path.join(partial, '.lock'))
+        if os.path.exists(os.path.join(final, name)) and not os.path.exists(array_file):
+            os.replace(os.path.join(final, name), array_file)       # it ended between its last two steps
     if rank == 0 and os.path.exists(os.path.join(partial, 'settings.json')) and os.path.exists(array_file):
         claim(partial, settings)
         state = np.load(state_file, mmap_mode='r+')

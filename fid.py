@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import configure, in_words
 from data import Dataset, ImageFiles, center_crop, launch
 
 URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
@@ -44,8 +44,7 @@ def reading(path, what):
     try:
         yield
     except Exception as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-        fail(f'{path!r} cannot be read as {what}: it is damaged or something else ({reason})')
+        fail(f'{path!r} cannot be read as {what}: it is damaged or something else ({in_words(error)})')
 
 
 def conv(c_in, c_out, kernel, stride=1, padding=0):

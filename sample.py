@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import claim, configure, hold
+from configurator import claim, configure, hold, in_words
 from data import decode, launch, load_vae, new_array
 from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct, up
 
@@ -49,10 +49,10 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
         t = t.clamp(start, end).expand(B)     # adaptive solvers probe beyond the segment
         x_t = [None] * k + list(x) + [None] * (K - k - len(x))
         if cfg == 1 or y is None:
-            return tuple(v_k for v_k in model(x_t, t, y) if v_k is not None)
+            return tuple(v_k.to(x[0].dtype) for v_k in model(x_t, t, y) if v_k is not None)
         twice = [None if x_k is None else torch.cat([x_k, x_k]) for x_k in x_t]
         v = model(twice, torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.n_classes)]))
-        v_y, v_null = zip(*(v_k.float().chunk(2) for v_k in v if v_k is not None))
+        v_y, v_null = zip(*(v_k.to(x[0].dtype).chunk(2) for v_k in v if v_k is not None))
         return tuple(null + cfg * (cond - null) for cond, null in zip(v_y, v_null))
 
     for k in reversed(range(K)):
@@ -74,12 +74,12 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
             if 'adams' in method:
                 options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
         try:
-            states, reason = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options), 'not finite'
-        except AssertionError as error:     # torchdiffeq's, where steps shrink to nothing or a state is NaN
-            states, reason = (), str(error)
+            states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
+        except AssertionError:      # torchdiffeq's, where steps shrink to nothing or a state is not finite
+            states = ()
         if not states or not all(x[-1].isfinite().all() for x in states):
-            raise FloatingPointError(f'the ODE cannot be solved from t = {start:g} to {end:g} ({reason}): the model '
-                                     'diverged or hardly trained, but a fixed-step method or a larger tol may draw')
+            raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g} to {end:g}: the model has '
+                                     'diverged or is hardly trained; another method, or tol, may still draw something')
         state = tuple(x[-1] for x in states)
         if frames is not None:
             idle = [None] * (K - k - len(states))
@@ -124,10 +124,17 @@ def load_checkpoint(file, device):
         checkpoint = torch.load(file, map_location=device, weights_only=True)
         missing = {'model', 'ema', 'optimizer', 'iter_num', 'model_args', 'config', 'data'} - set(checkpoint)
     except Exception as error:
-        raise SystemExit(f'{file!r} is not a checkpoint of train.py or is damaged ({type(error).__name__})')
+        raise SystemExit(f'{file!r} is not a checkpoint of train.py or is damaged ({in_words(error)})')
     if missing:
         raise SystemExit(f'{file!r} is not a checkpoint of train.py: it lacks {", ".join(sorted(missing))}')
     return checkpoint
+
+
+def load_model(checkpoint, device):
+    """The model of a checkpoint, with its EMA weights if it has any, in evaluation mode."""
+    model = LapFlow(LapFlowConfig(**checkpoint['model_args'])).to(device).eval()
+    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    return model
 
 
 def save_trajectory(file, frames, vae, meta, cell=96):
@@ -165,12 +172,12 @@ if __name__ == '__main__':
     dtype = 'float32'       # TF32 on GPUs; bfloat16 is for fixed-step methods
     compile = False         # torch.compile, block by block: for many samples
     configure(globals())
-    device, rank, world = launch(device)
-    checkpoint = load_checkpoint(ckpt, device)
+    checkpoint = load_checkpoint(ckpt, 'cpu')
     globals().update({key: checkpoint['config'][key] for key in ('method', 'steps', 'tol', 'cfg')})
     configure(globals())    # once more, over the checkpoint's defaults
-
-    config, meta = LapFlowConfig(**checkpoint['model_args']), checkpoint['data']
+    device, rank, world = launch(device, 'gloo')
+    model, meta = load_model(checkpoint, device), checkpoint['data']
+    config = model.config
     methods = ADAPTIVE + FIXED
     for wrong, sentence in (
             (method not in methods, f'method must be one of {", ".join(methods)}, but it is {method!r}'),
@@ -189,8 +196,6 @@ if __name__ == '__main__':
              f'take a fixed-step method, one of {", ".join(FIXED)}')):
         if wrong:
             raise SystemExit(f'sample.py: {sentence}')
-    model = LapFlow(config).to(device).eval()
-    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
     if compile:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -228,6 +233,9 @@ if __name__ == '__main__':
             with autocast:
                 x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
         except FloatingPointError as error:
+            if not folder and rank == 0:
+                os.remove(array_file)
+                os.remove(lock_file)
             raise SystemExit(f'sample.py: {error}')
         nfes.append(nfe)
         for i, image in zip(index, to_uint8(decode(vae, x, meta))):

@@ -97,16 +97,13 @@ device_type, master = device.split(':')[0], rank == 0
 
 # Precision: weights, optimizer and EMA are float32, the network runs under autocast
 if dtype == 'auto':
-    has_bf16 = {'cuda': torch.cuda.is_bf16_supported, 'cpu': torch.cpu._is_amx_tile_supported}.get(device_type, bool)()
+    has_bf16 = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                'cpu': torch.cpu._is_amx_tile_supported}.get(device_type, bool)()
     dtype = 'bfloat16' if has_bf16 else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 slow_flash = device_type == 'cpu' and dtype == 'bfloat16'    # flash attention's backward pass is slow there
 
 # Data and model
-if master and dataset == 'digits':
-    Dataset(dataset)        # drawn on first use, by one process
-if world > 1:
-    dist.barrier()
 data = Dataset(dataset)
 size, channels = size or data.meta['size'], channels or data.meta['channels']
 classes = len(data.meta['classes'])
@@ -120,20 +117,22 @@ K, shares = model_config.K, world * gradient_accumulation_steps
 max_iters = epochs * data.n_train // max(batch_size, 1) if epochs else max_iters
 loss_weights = loss_weights or (1.0,) * K
 for wrong, sentence in (
-        (min(eval_interval, log_interval, eval_images, sample_images, batch_size, shares, max_iters) < 1,
-         'intervals, image counts, batch_size, gradient_accumulation_steps and max_iters (or the batches of the '
-         'epochs) must be at least 1'),
+        (min(eval_interval, log_interval, sample_images, batch_size, shares, max_iters) < 1 or eval_images < K,
+         'eval_interval, log_interval, sample_images, batch_size, gradient_accumulation_steps and max_iters (or the '
+         f'batches of the epochs) must be at least 1, and eval_images at least {K}'),
         ((size, channels) != (data.meta['size'], data.meta['channels']),
          f'{dataset} has size {data.meta["size"]} and {data.meta["channels"]} channels, not {size} and {channels}'),
-        (0 < n_classes < classes, f'{dataset} has {classes} classes, not {n_classes}'),
+        (n_classes and (n_classes < classes or not classes), f'{dataset} has {classes} classes, not {n_classes}'),
         (cfg != 1 and not n_classes, 'cfg is for class-conditional models: add --cfg=1, or classes'),
         (seed < 0, f'seed must be 0 or more, but it is {seed}'),
         (dtype not in ('float32', 'bfloat16'), f'dtype must be auto, float32 or bfloat16, but it is {dtype!r}'),
         (method not in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}'),
         (steps < K or tol <= 0, f'steps must be at least {K}, and tol positive, but they are {steps} and {tol}'),
-        (not (0 <= ema_decay < 1 and 0 <= label_drop <= 1 and grad_clip >= 0),
-         f'ema_decay must be in [0, 1), label_drop in [0, 1] and grad_clip 0 or more, but they are {ema_decay}, '
-         f'{label_drop} and {grad_clip}'),
+        (not all(0 <= value < 1 for value in (ema_decay, beta1, beta2)) or not 0 <= label_drop <= 1,
+         f'ema_decay, beta1 and beta2 must be in [0, 1) and label_drop in [0, 1], but they are {ema_decay}, {beta1}, '
+         f'{beta2} and {label_drop}'),
+        (min(learning_rate, min_lr, warmup_iters, weight_decay, grad_clip) < 0,
+         'learning_rate, min_lr, warmup_iters, weight_decay and grad_clip must be 0 or more'),
         (not out_dir, 'out_dir must name a folder'),
         (len(loss_weights) != K, f'loss_weights must be one for each of the {K} scales, but it is {loss_weights}'),
         (batch_size % max(shares, 1) or batch_size < K * shares,
@@ -166,10 +165,12 @@ if os.path.exists(ckpt_path):
         ema.load_state_dict(checkpoint['ema'] or checkpoint['model'])
     iteration = checkpoint['iter_num']
     if iteration >= max_iters:
-        print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
+        if master:
+            print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
         raise SystemExit
     if master:
         print(f'resuming {ckpt_path} at iteration {iteration}', *changes(checkpoint['config'], config), sep='\n  ')
+    del checkpoint      # or its tensors stay on the device
 
 
 def draw(n, *key):
@@ -202,7 +203,7 @@ def evaluate():
     """Saves samples.png and returns the scales' held-out errors, at noise and times that never change. EMA if any."""
     net = ema or model
     index = data.heldout[:eval_images]
-    draws, parts = draw(len(index), 1), -(-len(index) * shares // batch_size)
+    draws, parts = draw(len(index), 1), max(1, len(index) * shares // batch_size)     # about a training step's
     errors, counts = zip(*(forward(net, index, draws, slice(i, None, parts))[1:] for i in range(parts)))
     counts = torch.tensor(counts, device=device)
     y = torch.arange(sample_images, device=device) % n_classes if n_classes else None
@@ -294,11 +295,11 @@ while iteration < max_iters:
             if evaluating:
                 row |= {f'heldout_{k}': error for k, error in enumerate(evaluate())}
             with open(log_path, 'a') as f:      # before the checkpoint: resuming drops rows, but cannot make up for one
-                f.write(','.join(f'{row[name]:.6g}' if name in row else '' for name in names) + '\n')
+                f.write(','.join(f'{row[name]:.10g}' if name in row else '' for name in names) + '\n')
             if evaluating or stop:
                 save()
         except OSError as error:
-            raise SystemExit(f'train.py: cannot write to {out_dir} ({error}); what {ckpt_path} last held is whole')
+            raise SystemExit(f'train.py: cannot write to {out_dir} ({error}); the last {ckpt_path}, if any, is whole')
         if wandb_log:
             wandb.log(row, step=iteration)
         if evaluating:

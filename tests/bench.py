@@ -22,6 +22,7 @@ from itertools import count
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
@@ -29,7 +30,7 @@ import model as lapflow  # noqa: E402
 from configurator import configure  # noqa: E402
 from data import Dataset, decode, launch, load_vae, training_order  # noqa: E402
 from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets  # noqa: E402
-from sample import ADAPTIVE, generate, load_checkpoint, noise_of  # noqa: E402
+from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of  # noqa: E402
 
 
 def attention_cost(T):
@@ -116,10 +117,9 @@ def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device,
 
 def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     """Prints the Table-1 row of a checkpoint."""
-    checkpoint = load_checkpoint(ckpt, device)
-    config, meta = LapFlowConfig(**checkpoint['model_args']), checkpoint['data']
-    model = LapFlow(config).to(device).eval()
-    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    checkpoint = load_checkpoint(ckpt, 'cpu')
+    model, meta = load_model(checkpoint, device), checkpoint['data']
+    config = model.config
     parameters, vae_parameters, decoder = sum(p.numel() for p in model.parameters()), 0, lambda x: x
     if meta['vae']:
         vae = load_vae(meta, device)
@@ -182,7 +182,7 @@ class Trainer:
         t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
         x_t, u = states_and_targets(self.x1, self.x0, t, counts, self.config)
         active = [x if n else None for x, n in zip(x_t, counts)]
-        with self.autocast():
+        with self.autocast(), sdpa_kernel(SDPBackend.MATH) if self.device == 'cpu' else nullcontext():   # as train.py
             v = self.model(active, t, self.y)
         loss, _ = multiscale_loss([x for x in v if x is not None], [x for x, n in zip(u, counts) if n], (1.0,) * K, B)
         loss.backward()
@@ -235,8 +235,6 @@ def print_ratios(what, seconds, images, flops, ceiling):
 def precision(device):
     """Whether the hardware has bfloat16, and a function that makes the autocast of it."""
     bf16 = 'cuda' in device or torch.cpu._is_amx_tile_supported()
-    if device == 'cpu':
-        torch.backends.cuda.enable_flash_sdp(not bf16)      # in training, as train.py
     return bf16, lambda: torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
 
 
@@ -302,7 +300,7 @@ def packed_flops(config, B):
 def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled, folder):
     """Prints the seconds of what surrounds a training step: reading latents, evaluating, saving and loading."""
     config = LapFlowConfig(size=size, patch=patch, width=width, depth=depth, heads=heads, T=T)
-    bf16, autocast = precision(device)
+    _, autocast = precision(device)
     N, file = 4096, os.path.join(folder, 'ckpt.pt')
     latents = np.random.default_rng(0).standard_normal((N, 2, 8, size, size), np.float32).astype(np.float16)
     np.save(os.path.join(folder, 'latents.npy'), latents)
@@ -343,7 +341,7 @@ if __name__ == '__main__':
     steps = 50
     tol = 1e-5
     cfg = 1.0
-    width = 0               # 0: DiT-B, L and XL on a GPU; 384, depth 6, 6 heads on a CPU
+    width = 0               # 0: on a GPU DiT-B, L and XL, whatever depth and heads; on a CPU 384
     depth = 6
     heads = 6
     patch = 2
@@ -354,20 +352,20 @@ if __name__ == '__main__':
     configure(globals())
     if what not in ('engine', 'loop', 'costs') or min(repeats, seeds) < 1:
         raise SystemExit('bench.py: what must be engine, loop or costs, and repeats and seeds at least 1')
-    device, _, _ = launch(device)
-    gpu = 'cuda' in device
-    batch_size = batch_size or (256 if gpu else 32)
     if ckpt:
         saved = load_checkpoint(ckpt, 'cpu')['config']
         method, steps, tol, cfg = (saved[key] for key in ('method', 'steps', 'tol', 'cfg'))
         configure(globals())
+    device, _, _ = launch(device)
+    gpu = 'cuda' in device
+    batch_size = batch_size or (256 if gpu else 32)
+    if ckpt:
         table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds)
     elif what == 'costs':
         costs()
     else:
-        shapes = [(width, depth, heads)] if width else [(768, 12, 12), (1024, 24, 16), (1152, 28, 16)] if gpu else \
-            [(384, 6, 6)]
-        for shape in shapes:
+        DITS = [(768, 12, 12), (1024, 24, 16), (1152, 28, 16)]
+        for shape in DITS if gpu and not width else [(width or 384, depth, heads)]:
             with tempfile.TemporaryDirectory() as folder:
                 rest = (patch, size, T, batch_size, repeats, device, compiled)
                 engine(*shape, *rest) if what == 'engine' else loop(*shape, *rest, folder)

@@ -25,20 +25,20 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 from bench import Trainer, packed_flops, precision, seconds_per_image, trajectory_average  # noqa: E402
-from configurator import configure  # noqa: E402
+from configurator import claim, configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import frechet, load_judge, read  # noqa: E402
-from model import LapFlow, LapFlowConfig  # noqa: E402
-from sample import load_checkpoint  # noqa: E402
+from model import LapFlowConfig  # noqa: E402
+from sample import load_checkpoint, load_model  # noqa: E402
 
 SYSTEMS = {'lapflow': [], 'lfm': ['--T=()'], 'pyramidal': ['--flow=pyramidal', '--shared=qkv,proj,ffn,mod'],
            'edify': ['--flow=edify']}
 ABLATIONS = {
-    'lapflow': [], '2b, 2c mask self': ['--mask=self'], '2c mask none': ['--mask=none'], '2d T=0.1': ['--T=0.1'],
+    'lapflow': [], '2b 2c mask self': ['--mask=self'], '2c mask none': ['--mask=none'], '2d T=0.1': ['--T=0.1'],
     '2d T=0.2': ['--T=0.2'], '2d T=0.9': ['--T=0.9'], '2e final rate 2e-3': ['--decay_lr=False'],
-    '2f LFM, GVP': ['--T=()', '--path=gvp'], '2f GVP': ['--path=gvp'], 'D quadratic': ['--path=quadratic'],
+    '2f LFM with GVP': ['--T=()', '--path=gvp'], '2f GVP': ['--path=gvp'], 'D quadratic': ['--path=quadratic'],
     'D cubic': ['--path=cubic'], '2g 1 scale': ['--T=()'], '2g 3 scales': ['--T=0.67,0.33'],
-    '2g 4 scales': ['--T=0.75,0.5,0.25'], 'ffn,mod shared': ['--shared=ffn,mod'],
+    '2g 4 scales': ['--T=0.75,0.5,0.25'], 'ffn and mod shared': ['--shared=ffn,mod'],
     'all shared': ['--shared=qkv,proj,ffn,mod']}
 
 
@@ -70,9 +70,8 @@ def quality(folder, args, seed, iters, threads, data, judge):
 def speed(folder, batch_size):
     """NFE, GFLOPs, images/s and seconds per image of a trained variant."""
     checkpoint = load_checkpoint(os.path.join(folder, 'ckpt.pt'), 'cpu')
-    config = LapFlowConfig(**checkpoint['model_args'])
-    model = LapFlow(config).eval()
-    model.load_state_dict(checkpoint['ema'])
+    model = load_model(checkpoint, 'cpu')
+    config = model.config
     seconds, _, nfes = seconds_per_image(model, 1, torch.tensor([3]), 'dopri5', 50, 1e-5, 1.0, lambda x: x, 'cpu')
     _, autocast = precision('cpu')
     step = Trainer(config, batch_size, 'cpu', autocast)
@@ -81,7 +80,6 @@ def speed(folder, batch_size):
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    torch.backends.cuda.enable_flash_sdp(True)
     return dict(nfe=float(np.mean(nfes)), gflops=trajectory_average(config)[0] / 1e9, seconds=seconds,
                 images_per_s=batch_size / statistics.median(times))
 
@@ -97,12 +95,17 @@ if __name__ == '__main__':
     out_dir = 'out-compare'
     configure(globals())
     known = {'systems': SYSTEMS, 'ablations': ABLATIONS}
+    for name in only.split(','):
+        if name not in SYSTEMS | ABLATIONS | known:
+            raise SystemExit(f'there is no variant {name!r}: take of {", ".join(known | SYSTEMS | ABLATIONS)}')
     variants = known.get(only) or {name: (SYSTEMS | ABLATIONS)[name] for name in only.split(',')}
+    os.makedirs(out_dir, exist_ok=True)
+    claim(out_dir, dict(batch_size=batch_size, patch=patch, extra=extra))
     data = Dataset('digits')
     judge = load_judge(data)
     fields = dict(size=32, channels=1, patch=patch, width=128, depth=4, heads=4, n_classes=10)
     budget = iters * packed_flops(LapFlowConfig(**fields), batch_size)
-    own, jobs = {}, []
+    own = {}
     for name, args in variants.items():
         changed = configure(dict(T=(0.5,), mask='causal', shared='', path='linear', flow='lapflow', decay_lr=True),
                             args)

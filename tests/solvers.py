@@ -21,8 +21,8 @@ sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 from configurator import configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import frechet, load_judge, read  # noqa: E402
-from model import LapFlow, LapFlowConfig, down, up  # noqa: E402
-from sample import ADAPTIVE, generate, load_checkpoint, noise_of, to_uint8  # noqa: E402
+from model import down, up  # noqa: E402
+from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
 
 class Changed(torch.nn.Module):
@@ -54,8 +54,7 @@ if __name__ == '__main__':
     project = False
     configure(globals())
     checkpoint = load_checkpoint(ckpt, 'cpu')
-    model = LapFlow(LapFlowConfig(**checkpoint['model_args'])).eval()
-    model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
+    model = load_model(checkpoint, 'cpu')
     data, config = Dataset('digits'), model.config
     judge, labels = load_judge(data), np.arange(num_samples) % 10
     reference = read(judge, data.batch(np.arange(num_samples))[0])[1]
@@ -66,8 +65,9 @@ if __name__ == '__main__':
         settings = dict(tol=float(number)) if method in ADAPTIVE else dict(steps=int(number))
         images, nfes, started = [], [], time.time()
         for first in range(0, num_samples, batch_size):
-            noise = noise_of(seed, range(first, first + batch_size), (config.channels, config.size, config.size))
-            x, nfe = generate(changed, noise, torch.from_numpy(labels[first:first + batch_size]), method, **settings)
+            index = np.arange(first, min(first + batch_size, num_samples))
+            noise = noise_of(seed, index, (config.channels, config.size, config.size))
+            x, nfe = generate(changed, noise, torch.from_numpy(labels[index]), method, **settings)
             images.append(torch.from_numpy(to_uint8(x)))
             nfes.append(nfe)
         seconds = (time.time() - started) / num_samples * 100

@@ -99,19 +99,17 @@ def test_twenty_four_kills_at_random_moments_change_nothing(workplace, vae_folde
     for name, command, out in (('train', train, '--out_dir={}'), ('data', prepare, '--out={}'),
                                ('sample', draw, '--out={}/')):
         whole, kills = tmp_path / f'{name}-whole', 0
-        work, _ = run([*command, out.format(whole)])
-        start, _ = run([*command, out.format(whole)])       # again: all is done
+        seconds, _ = run([*command, out.format(whole)])
         for trial in count():
             killed = tmp_path / f'{name}-{trial}'
-            limit = lambda: start * rng.uniform(0.5, 1) + work * rng.uniform(0, 0.3)
-            kills += run([*command, out.format(killed)], limit)[1]
+            kills += run([*command, out.format(killed)], lambda: seconds * rng.uniform(0.4, 1.1))[1]
             assert equal(name, whole, killed)
             if kills >= 8:
                 break
-        print(f'{name}: {kills} kills in {trial + 1} runs of {work:.1f} s, {start:.1f} of them to start')
+        print(f'{name}: {kills} kills in {trial + 1} runs of {seconds:.1f} s')
 
 
-def test_two_runs_in_one_folder_are_refused(trained, workplace, tmp_path):
+def test_two_runs_in_one_folder_are_refused(workplace, tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, f'--out_dir={tmp_path}', '--max_iters=100000']
     with subprocess.Popen(command, cwd=workplace, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as job:
         try:
@@ -197,8 +195,8 @@ def test_a_diverged_model_ends_sampling_with_a_sentence_and_no_file(trained, tmp
         for method in ('dopri5', 'euler'):
             _, message = run('sample.py', '--ckpt', str(tmp_path / 'ckpt.pt'), '--num_samples=2', f'--method={method}',
                              f'--out={tmp_path}/x.png')
-            assert 'the ODE cannot be solved from t = 0' in message and 'diverged' in message
-            assert not (tmp_path / 'x.png').exists()
+            assert f'{method} cannot solve the ODE from t = 0' in message and '\n' not in message
+            assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_stop_training(tmp_path, run, monkeypatch):
@@ -226,6 +224,8 @@ def test_pickles_given_as_checkpoint_weights_or_dataset_are_never_run(tmp_path, 
     pickle.loads(pickle.dumps(payload)).close()
     assert mark.exists()        # the payload works
     mark.unlink()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'picture.png')
+    np.savez(tmp_path / 'images.npz', arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     torch.save(dict(model=payload), tmp_path / 'zip.pt')
     torch.save(dict(model=payload), tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
     (tmp_path / 'raw.pt').write_bytes(pickle.dumps(payload))
@@ -236,8 +236,6 @@ def test_pickles_given_as_checkpoint_weights_or_dataset_are_never_run(tmp_path, 
         (tmp_path / 'out' / 'ckpt.pt').write_bytes((tmp_path / file).read_bytes())
         _, message = run('train.py', *TINY, f'--out_dir={tmp_path}/out')
         assert 'not a checkpoint' in message
-        Image.new('RGB', (8, 8)).save(tmp_path / 'picture.png')
-        np.savez(tmp_path / 'images.npz', arr_0=np.zeros((4, 8, 8, 3), np.uint8))
         _, message = run('fid.py', f'--samples={tmp_path}/images.npz', f'--ref={tmp_path}/images.npz',
                          f'--inception={tmp_path / file}')
         assert 'cannot be read as the Inception weights' in message
@@ -255,8 +253,8 @@ def test_pickles_given_as_checkpoint_weights_or_dataset_are_never_run(tmp_path, 
     vae.mkdir()
     (vae / 'config.json').write_text(json.dumps(dict(_class_name='AutoencoderKL')))
     torch.save(dict(weight=payload), vae / 'diffusion_pytorch_model.bin')
-    _, message = run('data.py', f'--source={tmp_path / "picture.png"}', f'--out={tmp_path}/x', f'--vae={vae}')
-    assert message and not mark.exists()
+    _, message = run('data.py', f'--source={tmp_path}', f'--out={tmp_path}/x', f'--vae={vae}', '--size=8')
+    assert 'vae must be' in message and not mark.exists()
 
 
 def test_a_zip_whose_members_point_outside_writes_nothing_there(tmp_path, run):
@@ -304,6 +302,17 @@ def random_settings(rng):
                 n_classes=int(choose(0, 3)), mask=choose('causal', 'causal', 'none', 'self'),
                 shared=choose('', '', 'mod', 'qkv,proj', 'ffn,mod', 'qkv,proj,ffn,mod'),
                 path=choose('linear', 'linear', 'gvp', 'quadratic', 'cubic'))
+
+
+def test_most_random_settings_are_possible():
+    """Otherwise the next test would show little."""
+    possible = 0
+    for seed in range(60):
+        try:
+            possible += bool(LapFlowConfig(**random_settings(np.random.default_rng(seed))))
+        except ValueError:
+            continue
+    assert possible > 30
 
 
 @pytest.mark.parametrize('seed', range(60))
