@@ -8,8 +8,9 @@ Conventions, the same in every file:
 - Time: t = 0 is noise, t = 1 is data.
 - Scales: k = 0 is the finest, K-1 the coarsest. Lists of scales are finest first, None where a scale is not active.
 - T = (T_1, ..., T_{K-1}), decreasing, with T_0 = 1 and T_K = 0. Scale k starts at T_{k+1} and ends, as data, at 1.
-- Noise is one full-resolution white-noise image, split by the same pyramid: the sum of the states is a noisy image.
-- Training draws a stage for every image. Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its
+- Noise is one full-resolution white-noise image, split by the same pyramid. In the `reconstruct` of all scales' states
+  it is there whole, times sigma_t.
+- Training gives every image a stage. Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its
   images are ordered by stage and scale k holds the first B_k of them, those with stage <= k, so that
   B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
 - On a first reading, skip what a `flow` other than 'lapflow' does: it is for the baselines of the paper's Table 1.
@@ -122,7 +123,7 @@ def pyramidal_flow(x1, x0, t, k, times):
 
 def states_and_targets(x1, x0, t, counts, config):
     """
-    Alg. 1, lines 5 to 8: every scale's noisy state and target velocity for a packed batch.
+    Alg. 1, lines 5, 7 and 8: every scale's noisy state and target velocity for a packed batch.
 
     x1 data and x0 noise are (B, C, H, W) with their images ordered by stage, t (B,), counts = (B_0, ..., B_{K-1}).
     Returns two lists of K tensors, scale k of shape (B_k, C, H/2^k, W/2^k).
@@ -253,8 +254,8 @@ def global_attention(qkv, mask):
     result maps k to (B_k, N_k, D).
 
     The block-causal mask M_c is never built: the queries of scale k attend to the joined keys of the scales >= k, and
-    what the mask would hide is not computed. mask 'none' goes through the stages, groups of images with the same
-    scales.
+    what the mask would hide is not computed. With mask 'none' images that have the same scales attend together, one
+    stage after another.
     """
     heads_last = lambda x: x.transpose(1, 2).flatten(2)
     if mask != 'none':
@@ -358,7 +359,8 @@ class LapFlow(nn.Module):
         x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one alone.
         t: (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
         Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs.
-        The other flows have one scale active at a time: of several each is a batch of its own, with its part of t, y.
+        With the other flows an image has one scale. A training batch has several: groups of images, each with its slice
+        of t and y.
         """
         p, sizes = self.config.patch, [0 if x is None else len(x) for x in x_t]
         if self.config.flow != 'lapflow' and sum(map(bool, sizes)) > 1:

@@ -58,8 +58,8 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
     for k in reversed(range(K)):
         start, end = config.times[k + 1], config.times[k]
         # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising. The baselines go on
-        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k):
-        # Alg. 4, lines 7 and 8, and Alg. 6, lines 4 and 6.
+        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k): Alg. 4, lines 7 and 8 with the
+        # covariance of Appendix F.2, and Alg. 6, lines 4 and 6.
         joining = path(torch.tensor(start), start, config.path)[2].item() * x0[k]
         if config.flow == 'lapflow':
             state = (joining, *state)

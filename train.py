@@ -174,8 +174,10 @@ if os.path.exists(ckpt_path):
 
 
 def draw(n, *key):
-    """Noise (n, C, H, W), times, label drops and mirror flips (n,), and the VAE's noise or None, for n images packed by
-    stage: all that is random about them, from (seed, *key) alone."""
+    """
+    Alg. 1, lines 5 and 6: noise (n, C, H, W), times, label drops and mirror flips (n,), and the VAE's noise or None,
+    for n images packed by stage. All that is random about them, from (seed, *key) alone.
+    """
     generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]))
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)

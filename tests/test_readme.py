@@ -60,6 +60,9 @@ def test_every_equation_tag_in_the_code_is_in_the_map():
 def test_the_files_that_readme_names_exist():
     for name in re.findall(r'\]\(([\w./-]+)\)', README) + re.findall(r'(?:config|tests|assets)/[\w-]+\.\w+', README):
         assert os.path.exists(os.path.join(ROOT, name)), name
+    headings = {re.sub(r'[^a-z0-9 -]', '', line.lower()).strip().replace(' ', '-')
+                for line in re.findall(r'^#+ (.*)', README, re.M)}
+    assert set(re.findall(r'\]\(#([\w-]+)\)', README)) <= headings
 
 
 def blocks(language):
