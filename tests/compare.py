@@ -38,8 +38,8 @@ ABLATIONS = {
     '2b 2c mask self': ['--mask=self'], '2f GVP': ['--path=gvp'], 'all shared': ['--shared=qkv,proj,ffn,mod'],
     '2d T=0.2': ['--T=0.2'], '2d T=0.9': ['--T=0.9'], '2e final rate 2e-3': ['--decay_lr=False'],
     'D quadratic': ['--path=quadratic'], 'D cubic': ['--path=cubic'], '2g 4 scales': ['--T=0.75,0.5,0.25'],
-    '2d T=0.1': ['--T=0.1'], '2f 1 scale with GVP': ['--T=()', '--path=gvp'], 'ffn and mod shared': ['--shared=ffn,mod'],
-    '5 T=0.9 0.33': ['--T=0.9,0.33'], '5 T=0.67 0.1': ['--T=0.67,0.1']}
+    '2d T=0.1': ['--T=0.1'], '2f 1 scale with GVP': ['--T=()', '--path=gvp'],
+    'ffn and mod shared': ['--shared=ffn,mod'], '5 T=0.9 0.33': ['--T=0.9,0.33'], '5 T=0.67 0.1': ['--T=0.67,0.1']}
 
 
 def quality(folder, args, seed, iters, threads, data, judge):
