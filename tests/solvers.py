@@ -6,8 +6,9 @@ Quality against the number of evaluations, of a digits checkpoint.
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
 
 For each of `runs`, METHOD:STEPS or METHOD:TOLERANCE, it draws the same class-conditional samples, float32, and prints
-NFE, seconds, accuracy and Frechet distance (tests/judge.py). Two experiments change the model on its way: guidance only
-at times inside `interval`, and velocities of residuals projected onto the space that residuals lie in, v - Up(Down(v)).
+NFE, seconds, accuracy and Frechet distance (tests/judge.py). Three experiments change the model on its way: guidance
+only at times inside `interval`; velocities of residuals projected onto the space of residuals, v - Up(Down(v)); and the
+coarsest scale held on its path to a held-out image of the class, to see how well the others are drawn.
 """
 import os
 import sys
@@ -21,16 +22,17 @@ sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 from configurator import configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import frechet, load_judge, read  # noqa: E402
-from model import down, up  # noqa: E402
+from model import down, laplacian_pyramid, up  # noqa: E402
 from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
 
 class Changed(torch.nn.Module):
-    """A model with guidance inside an interval of time, and projected velocities of residuals."""
+    """A model with guidance inside an interval of time, projected residual velocities, a given coarsest velocity."""
 
     def __init__(self, model, cfg, interval, project):
         super().__init__()
         self.model, self.config, self.cfg, self.interval, self.project = model, model.config, cfg, interval, project
+        self.coarsest = None
 
     def forward(self, x_t, t, y):
         v = self.model(x_t, t, y)
@@ -39,19 +41,21 @@ class Changed(torch.nn.Module):
             v = [None if a is None else b + self.cfg * (a - b) for a, b in zip(v, null)]
         if self.project:
             v = [v_k if v_k is None or k == self.config.K - 1 else v_k - up(down(v_k)) for k, v_k in enumerate(v)]
-        return v
+        return v if self.coarsest is None else [*v[:-1], self.coarsest]
 
 
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
-    runs = ','.join(f'{method}:{steps}' for steps in (5, 10, 20, 40, 80) for method in ('euler', 'midpoint', 'rk4')) \
-        + ',dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5'
+    runs = ('euler:5,euler:10,euler:20,euler:40,euler:80,midpoint:5,midpoint:10,midpoint:20,heun2:5,heun2:10,heun2:20,'
+            'rk4:3,rk4:5,rk4:10,explicit_adams:10,explicit_adams:20,explicit_adams:40,'
+            'dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5')
     num_samples = 2000
     batch_size = 100
     seed = 0
     cfg = 1.0
     interval = (0.0, 1.0)
     project = False
+    hold_coarsest = False
     configure(globals())
     checkpoint = load_checkpoint(ckpt, 'cpu')
     model = load_model(checkpoint, 'cpu')
@@ -67,6 +71,9 @@ if __name__ == '__main__':
         for first in range(0, num_samples, batch_size):
             index = np.arange(first, min(first + batch_size, num_samples))
             noise = noise_of(seed, index, (config.channels, config.size, config.size))
+            if hold_coarsest:
+                image = laplacian_pyramid(data.batch(data.heldout[index])[0], config.K)[-1]
+                changed.coarsest = image - laplacian_pyramid(noise, config.K)[-1]
             x, nfe = generate(changed, noise, torch.from_numpy(labels[index]), method, **settings)
             images.append(torch.from_numpy(to_uint8(x)))
             nfes.append(nfe)
