@@ -4,8 +4,10 @@ import signal
 import subprocess
 import sys
 
-import pytest
-import torch
+os.environ['OMP_NUM_THREADS'] = '1'      # tensors this small gain nothing from threads; for subprocesses, too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)

@@ -401,7 +401,7 @@ def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
     (['--source=one', '--out=empty'], 'empty exists and is no prepared dataset'),
     (['--source=one', '--out=x', '--heldout=1'], 'less than the 1 images'),
     (['--source=one', '--out=x', '--size=0'], 'at least 1'),
-    (['--source=one', '--out=x', '--dtype=int8'], "no dtype 'int8'"),
+    (['--source=one', '--out=x', '--dtype=int8'], "dtype must be"),
     (['--source=one', '--out=x', '--size=15', '--vae=VAE'], 'multiple of 2'),
     (['--source=one', '--out=x', '--vae=one'], 'vae must be a folder or the Hugging Face id'),
 ])
