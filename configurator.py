@@ -58,8 +58,8 @@ def claim(folder, settings):
 
 def hold(file, held=[]):
     """
-    Makes a file, with its folders, and locks it until this process ends. Ends the script with a sentence if another
-    process has done so, or if nothing can be written there.
+    Makes a file, with its folders, and locks it until this process ends (`held` keeps it open). Ends the script with a
+    sentence if another process has done so, or if nothing can be written there.
     """
     try:
         os.makedirs(os.path.dirname(file) or '.', exist_ok=True)

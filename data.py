@@ -8,7 +8,8 @@ Prepared datasets: folders that training maps into memory.
     latents.npy   N x flips x 2C x h x w float16: a VAE's posterior mean and std, unscaled, of images and mirror images
     labels.npy    N int64: the class of each image
     meta.json     from what and how it was made. `size` is the grid that the model sees, of pixels or latents, and
-                  `image_size` that of the images; the last `heldout` are not trained on; `flips` 2: training mirrors
+                  `image_size` that of the images; the last `heldout` are not trained on; `flips` 2: training mirrors;
+                  `checksums`: of the other files
 
 Run the same command again and it goes on where it stopped. The built-in dataset is `digits`: grey 32 x 32 digits in
 Pillow's own font, made on first use, in seconds, without a download.
@@ -147,7 +148,7 @@ class ImageFiles:
                                         for part in name.split('/')))
         if not self.names:
             raise SystemExit(f'there are no images in {source!r} (looked for {" ".join(ENDINGS)})')
-        names = [os.path.normpath('/' + name)[1:] for name in self.names]
+        names = [os.path.normpath('/' + name.lstrip('/'))[1:] for name in self.names]
         around = len(os.path.commonpath([os.path.dirname(name) for name in names]))
         inner = [name[around:].lstrip('/') for name in names]
         classes, labels = np.unique([name.split('/')[0] if '/' in name else '' for name in inner], return_inverse=True)
@@ -232,6 +233,7 @@ class Dataset:
     """
     A prepared dataset, opened by its folder, or by its name in data/. `meta` is its meta.json; its array is `images` or
     `latents`, the other None. The first `n_train` are to train on, the others held out (none held out: both are all).
+    A dataset that is not what its meta.json says ends the script.
     """
 
     def __init__(self, name):

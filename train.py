@@ -281,16 +281,15 @@ while iteration < max_iters:
     report = torch.stack([total, torch.full_like(total, len(terminated))])
     if world > 1:
         dist.all_reduce(report)
-    loss, stop = report.tolist()        # all processes stop at the same iteration
+    loss, stop = (report / world).tolist()      # all processes stop at the same iteration
     if not finite:
         raise SystemExit(f'train.py: the gradient is not finite at or before iteration {iteration}; {ckpt_path} is '
                          'untouched: try a lower learning_rate, more warmup_iters or dtype=float32')
     rate = (iteration - logged) * batch_size / (time.time() - clock)
-    row = dict(iter=iteration, loss=loss / world, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(),
-               images_per_s=rate)
+    row = dict(iter=iteration, loss=loss, lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item(), images_per_s=rate)
     if master:
         left = round((max_iters - iteration) * batch_size / rate)
-        print(f'iter {iteration}/{max_iters}: loss {row["loss"]:.4f}, {rate:.1f} images/s, '
+        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
               f'{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left')
         started = time.time()
         try:

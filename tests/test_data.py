@@ -365,6 +365,18 @@ def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run):
         pictures[9].save(pipe)
 
 
+def test_a_run_that_ends_between_its_last_two_steps_keeps_its_work(tmp_path, run, monkeypatch):
+    make_pictures(tmp_path / 'source', 10)
+    args = [f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16', '--device=cpu']
+    with monkeypatch.context() as killed:
+        killed.setattr(os, 'rename', lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run('data.py', *args)
+    assert not (tmp_path / 'x').exists() and not (tmp_path / 'x.partial' / 'array.npy').exists()
+    printed, message = run('data.py', *args)
+    assert message == '' and '10 of 10 images are done' in printed and len(Dataset(str(tmp_path / 'x')).images) == 10
+
+
 def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
     folder, args, _ = latents
     pipe = folder.parent / 'source' / 'a' / '10.png'        # the sixth by name, in the second process's only chunk

@@ -68,6 +68,21 @@ def test_a_killed_run_resumes_bit_for_bit(trained, workplace):
     assert not same(whole['ema'], whole['model'])
 
 
+def test_a_run_of_more_than_a_million_iterations_resumes(trained, run, tmp_path):
+    """Its log has to be read back: 1e+06 is not a whole number."""
+    torch.save(load(trained) | dict(iter_num=1_000_000), tmp_path / 'ckpt.pt')
+    for last in (1_000_002, 1_000_004):
+        _, message = run('train.py', *TINY, f'--out_dir={tmp_path}', f'--max_iters={last}')
+        assert message == '' and load(tmp_path)['iter_num'] == last
+    assert [row['iter'] for row in losses(tmp_path)] == ['1000001', '1000002', '1000003', '1000004']
+
+
+def test_a_device_may_be_named_as_on_other_scripts(trained, run, tmp_path):
+    _, message = run('sample.py', '--ckpt', str(trained / 'ckpt.pt'), '--device=auto', '--num_samples=1',
+                     f'--out={tmp_path}/x.png')
+    assert message == '' and (tmp_path / 'x.png').exists()
+
+
 def test_a_finished_run_says_so_and_changes_nothing(trained, run):
     before = {name: (trained / name).read_bytes() for name in os.listdir(trained)}
     printed, message = run('train.py', *TINY, '--out_dir=out-whole')
