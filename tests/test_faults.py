@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -48,12 +49,14 @@ def test_a_terminated_run_saves_its_last_iteration_and_resumes(launcher, workpla
     command = [*launcher, os.path.join(ROOT, 'train.py'), *TINY, '--eval_interval=100000', f'--out_dir={tmp_path}',
                '--decay_lr=False', '--log_interval=5']
     with subprocess.Popen([*command, '--max_iters=100000'], cwd=workplace, env=ENVIRONMENT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as job:
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
         wait_for(lambda: (tmp_path / 'log.csv').exists() and len(losses(tmp_path)) > 2, job)
         job.send_signal(signal.SIGTERM)
         printed = job.communicate(timeout=60)[0]
-    iteration = load(tmp_path)['iter_num']
-    assert f'holds iteration {iteration}' in printed and int(losses(tmp_path)[-1]['iter']) == iteration
+    said = re.search(r'holds iteration (\d+)', printed)
+    assert said, printed
+    iteration = int(said[1])
+    assert load(tmp_path)['iter_num'] == int(losses(tmp_path)[-1]['iter']) == iteration
     more = [f'--max_iters={iteration + 5}', f'--eval_interval={iteration + 5}']
     subprocess.run([*command, *more], cwd=workplace, env=ENVIRONMENT, check=True, capture_output=True)
     whole = tmp_path / 'whole'
