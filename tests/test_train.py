@@ -112,7 +112,8 @@ def test_processes_and_accumulation_change_nothing_but_rounding(how, trained, wo
     ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'),
     ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
     ('--flow=pyramidal', '--T=0.67,0.33', '--patch=2', '--shared=qkv,proj,ffn,mod'),
-    ('--flow=edify',),
+    ('--flow=edify', '--path=quadratic'),
+    ('--T=0.75,0.5,0.25', '--patch=2', '--path=cubic', '--shared=qkv,proj'),
     ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60'),
 ))
 def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp_path):
