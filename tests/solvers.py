@@ -23,7 +23,7 @@ from configurator import configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import frechet, load_judge, read  # noqa: E402
 from model import down, laplacian_pyramid, up  # noqa: E402
-from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
+from sample import ADAPTIVE, FIXED, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
 
 class Changed(torch.nn.Module):
@@ -57,6 +57,10 @@ if __name__ == '__main__':
     project = False
     hold_coarsest = False
     configure(globals())
+    if len(interval) != 2 or not all(run.partition(':')[0] in ADAPTIVE + FIXED and run[-1].isdigit()
+                                     for run in runs.split(',')):
+        raise SystemExit('solvers.py: interval is two times, and runs are METHOD:STEPS or METHOD:TOLERANCE with commas '
+                         f'between them, METHOD one of {", ".join(ADAPTIVE + FIXED)}')
     checkpoint = load_checkpoint(ckpt, 'cpu')
     model = load_model(checkpoint, 'cpu')
     data, config = Dataset('digits'), model.config
