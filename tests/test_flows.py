@@ -102,8 +102,8 @@ def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, 
 class Gaussian:
     """
     The best possible network for data N(0, Sigma): states and targets are linear in (x1, x0), so that E[u | x_t] =
-    Cov(u, x_t) Cov(x_t)^-1 x_t with covariances found by pushing unit vectors through `states_and_targets`. Under the
-    causal mask a scale's x_t are the states of the scales that it sees.
+    Cov(u, x_t) Cov(x_t)^+ x_t with covariances found by pushing unit vectors through `states_and_targets`. Under the
+    causal mask a scale's x_t are the states of the scales that it sees; else (mask 'none') they are all.
     """
 
     def __init__(self, config, root):
@@ -130,7 +130,7 @@ class Gaussian:
 
 
 def gaussian_images(config):
-    """A network for images whose neighbouring pixels are alike, white noise that spans all noise, and the covariance."""
+    """A network for images whose neighbouring pixels are alike, the unit vectors of noise, the images' covariance."""
     size, n = config.size, config.size ** 2
     row, column = torch.arange(n) // size, torch.arange(n) % size
     distance = (row[:, None] - row).abs() + (column[:, None] - column).abs()
@@ -156,18 +156,18 @@ def test_samples_and_every_handover_have_the_training_covariance(flow, T):
             torch.testing.assert_close(drawn.T @ drawn, M.T @ M, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize('T, correlation', ((0.1, 0.772), (0.5, 0.793), (0.9, 0.799)))
+@pytest.mark.parametrize('T, correlation', ((0.1, 0.7718), (0.5, 0.7927)))
 def test_what_the_causal_mask_costs_a_perfect_network(T, correlation):
     """
-    README's Departures: the coarse scale's law is exact, the joint one is not, and less so the earlier the fine scale
-    starts. Pixels 1 and 2 are neighbours in different 2x2 patches: their correlation should be 0.8.
+    README's Departures: the coarse scale's law is exact and the joint one is not; the earlier the fine scale starts,
+    the further off it is. Pixels 1 and 2 are neighbours in different 2x2 patches: their correlation should be 0.8.
     """
     config = config_of('lapflow', (T,), size=8, channels=1)
     gaussian, unit, covariance = gaussian_images(config)
     x, _ = generate(gaussian, unit, method='rk4', steps=60)
     pixels, pool = x.flatten(1).T @ x.flatten(1), down_by(unit, 2).flatten(1)
     torch.testing.assert_close(pool.T @ pixels @ pool, pool.T @ covariance @ pool, atol=2e-4, rtol=0)
-    assert abs(pixels[1, 2] / (pixels[1, 1] * pixels[2, 2]).sqrt() - correlation) < 1e-3
+    assert abs(pixels[1, 2] / (pixels[1, 1] * pixels[2, 2]).sqrt() - correlation) < 2e-4
 
 
 @pytest.mark.parametrize('k', (1, 2))

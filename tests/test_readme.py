@@ -97,20 +97,22 @@ def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
     assert drift.abs().mean() < 0.2 * residual.abs().mean()
 
 
-@pytest.mark.parametrize('number, settings', ((0, ['--path=quartic']), (1, ['--dataset=vectors'])))
+@pytest.mark.parametrize('number, settings', ((0, []), (1, ['--path=quartic']), (2, ['--dataset=vectors'])))
 def test_the_changes_that_readme_suggests_train_and_sample(number, settings, trained, tmp_path):
     for file in ('model.py', 'train.py', 'sample.py', 'data.py', 'configurator.py'):
         shutil.copy(os.path.join(ROOT, file), tmp_path)
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
     shutil.copytree(trained.parent / 'data', tmp_path / 'data')
     for line in blocks('diff')[number].splitlines():
-        if line.startswith('---'):
-            file = tmp_path / line[4:]
-        elif line.startswith('-'):
-            before = line[1:]
-            assert file.read_text().count(before + '\n') == 1, before
+        mark, line = line[0], line[1:]
+        if line.startswith('-- '):
+            file = tmp_path / line[3:]
+        elif mark in ' -':
+            assert file.read_text().count(line + '\n') == 1, line
+            above, kept = line + '\n', line + '\n' if mark == ' ' else ''
         else:
-            file.write_text(file.read_text().replace(before + '\n', line[1:] + '\n'))
+            file.write_text(file.read_text().replace(above, kept + line + '\n'))
+            above = kept = line + '\n'
     vectors = shutil.copytree(tmp_path / 'data' / 'digits', tmp_path / 'data' / 'vectors')
     np.save(vectors / 'labels.npy', np.eye(10, dtype=np.float32)[np.load(vectors / 'labels.npy')])
     meta = json.loads((vectors / 'meta.json').read_text())
