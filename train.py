@@ -12,6 +12,7 @@ import copy
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -314,3 +315,7 @@ while iteration < max_iters:
 
 if world > 1:
     dist.destroy_process_group()
+    if wandb_log and master:
+        wandb.finish()
+    sys.stdout.flush()
+    os._exit(0)     # DDP keeps gloo's threads, and about one in 20 ordinary ends was an abort while Python shut down
