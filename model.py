@@ -1,5 +1,4 @@
-"""
-LapFlow, Laplacian Multi-scale Flow Matching (ICLR 2026): the paper's mathematics and its network, in one file.
+"""LapFlow, Laplacian Multi-scale Flow Matching (ICLR 2026): the paper's mathematics and its network, in one file.
 
 An image is split into a Laplacian pyramid. Each scale has its own path from noise to data, the coarse ones start early
 and the fine ones late, and one transformer learns the velocities of all scales together.
@@ -13,9 +12,7 @@ Conventions, the same in every file:
 - Training gives every image a stage. Stage s trains the scales k >= s at t ~ U[T_{s+1}, 1]. A batch is packed: its
   images are ordered by stage and scale k holds the first B_k of them, those with stage <= k, so that
   B_0 <= ... <= B_{K-1} = B. In sampling all B_k are equal.
-- On a first reading, skip what a `flow` other than 'lapflow' does: it is for the baselines of the paper's Table 1.
-- Shapes: B batch, C channels, H W grid, N tokens, D width.
-"""
+- Shapes: B batch, C channels, H W grid, N tokens, D width."""
 import math
 from dataclasses import dataclass
 
@@ -24,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Laplacian pyramid
+# ---- The Laplacian pyramid -------------------------------------------------------------------------------------------
 
 
 def down(x):
@@ -56,25 +52,25 @@ def reconstruct(pyramid):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Paths, velocities and the loss
+# ---- Paths, velocities and the loss ----------------------------------------------------------------------------------
+
+
+POWERS = {'linear': 1, 'quadratic': 2, 'cubic': 3}      # of 1 - t, by which the noise decays
 
 
 def path(t, start, kind='linear'):
-    """
-    Eq. (4a), Eq. (4b), Eq. (13) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at
+    """Eq. (4a), Eq. (4b), Eq. (13) and Appendix D: alpha, sigma and their derivatives in t for a scale that starts at
     `start`, T_{k+1}.
 
     t is a tensor of any shape with values in [start, 1]; kind is 'linear', 'gvp', 'quadratic' or 'cubic' (the last two
-    decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape.
-    """
+    decay the noise as (1 - t)^2 and (1 - t)^3). Returns (alpha, d_alpha, sigma, d_sigma), each of t's shape."""
     rate = 1 / (1 - start)
     ramp = (t - start) * rate
     if kind == 'gvp':
         half_pi = math.pi / 2
         alpha, d_alpha = torch.sin(half_pi * ramp), half_pi * rate * torch.cos(half_pi * ramp)
         return alpha, d_alpha, torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t)
-    p = {'linear': 1, 'quadratic': 2, 'cubic': 3}[kind]
+    p = POWERS[kind]
     return ramp, torch.full_like(t, rate), (1 - t) ** p, -p * (1 - t) ** (p - 1)
 
 
@@ -90,77 +86,44 @@ def velocity(x1, x0, t, start, kind='linear'):
     return d_alpha * x1 + d_sigma * x0
 
 
-def packed_counts(B, K):
-    """[B_0, ..., B_{K-1}] of a batch of B images split evenly over the stages: image j is in stage j K // B."""
-    return [-(-B * (k + 1) // K) for k in range(K)]
+def packed_stages(B, K, device='cpu'):
+    """The stages of a batch of B images, (B,): as many images in every stage, in order."""
+    return torch.arange(B, device=device) * K // B
 
 
 def stage_times(stage, uniform, config):
-    """
-    Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,). Pyramidal Flow trains a
-    stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s].
-    """
+    """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s, (B,) integers, and draws of U[0, 1], (B,)."""
     t = uniform
     for s in range(config.K):       # with plain numbers: a tensor of the times would have to be copied to the device
-        start, end = config.times[s + 1], config.times[s] if config.flow == 'pyramidal' else 1
-        t = torch.where(stage == s, start + (end - start) * uniform, t)
+        start = config.times[s + 1]
+        t = torch.where(stage == s, start + (1 - start) * uniform, t)
     return t
 
 
-def pyramidal_flow(x1, x0, t, k, times):
-    """
-    Pyramidal Flow (Appendix F, Alg. 3, lines 9 to 13): state and velocity of stage k, a straight line from a start
-    point at s_k = T_{k+1} to an end point at e_k = T_k. x1 data and x0 noise are full images, (B, C, H, W), t is (B,);
-    both results are (B, C, H/2^k, W/2^k).
-    """
-    e, s = times[k], times[k + 1]
-    data, noise = F.avg_pool2d(x1, 2 ** k), F.avg_pool2d(x0, 2 ** k)
-    x_s = (s * up(down(data)) if s else 0) + (1 - s) * noise
-    x_e = e * data + (1 - e) * noise
-    u = (x_e - x_s) / (e - s)
-    return x_s + (t - s).view(-1, 1, 1, 1) * u, u
-
-
 def states_and_targets(x1, x0, t, counts, config):
-    """
-    Alg. 1, lines 5, 7 and 8: every scale's noisy state and target velocity for a packed batch.
+    """Alg. 1, lines 5, 7 and 8: every scale's noisy state and target velocity for a packed batch.
 
     x1 data and x0 noise are (B, C, H, W) with their images ordered by stage, t (B,), counts = (B_0, ..., B_{K-1}).
-    Returns two lists of K tensors, scale k of shape (B_k, C, H/2^k, W/2^k).
-
-    The other flows train one scale per image: scale k has the B_k - B_{k-1} images of stage k. EdifyImage's state and
-    velocity (Appendix E, Alg. 5, Eq. (14), Eq. (15)) are those of LapFlow's scales >= k put together by Eq. (2): its
-    mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)).
-    """
-    pyramids = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), config.times[1:])]
-    x_t, u, first = [], [], 0
-    for k, last in enumerate(counts):
-        rows = slice(0 if config.flow == 'lapflow' else first, last)
-        if config.flow == 'pyramidal':
-            state, target = pyramidal_flow(x1[rows], x0[rows], t[rows], k, config.times)
-        else:
-            scales = [(data[rows], noise[rows], t[rows], start, config.path) for data, noise, start in pyramids[k:]]
-            scales = scales[:1] if config.flow == 'lapflow' else scales
-            state, target = (reconstruct([f(*scale) for scale in scales]) for f in (noisy_state, velocity))
-        x_t.append(state)
-        u.append(target)
-        first = last
-    return x_t, u
+    Returns two lists of K tensors, scale k of shape (B_k, C, H/2^k, W/2^k)."""
+    pyramids = zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), counts, config.times[1:])
+    scales = [(data[:B_k], noise[:B_k], t[:B_k], start, config.path) for data, noise, B_k, start in pyramids]
+    return [noisy_state(*scale) for scale in scales], [velocity(*scale) for scale in scales]
 
 
 def multiscale_loss(v, u, weights, B):
-    """
-    Eq. (7) over a packed batch of B images: the sum over scales of w_k (B_k / B) mean (v - u)^2, where B_k / B is the
-    share of images that Alg. 1 trains scale k with. For EdifyImage it is Eq. (16). v and u are lists of K tensors.
-    Returns the loss and the K means.
-    """
-    errors = [F.mse_loss(v_k.to(u_k.dtype), u_k) for v_k, u_k in zip(v, u)]
-    loss = sum(w * len(u_k) / B * error for w, u_k, error in zip(weights, u, errors))
-    return loss, torch.stack(errors).detach()
+    """Eq. (7) for a packed batch of B images: the sum over scales of w_k times the images' mean squared errors, over B.
+    So scale k counts B_k / B, as in Alg. 1. v, u: lists of K tensors. Returns the loss and the errors, K of (B_k,)."""
+    errors = [(v_k.to(u_k.dtype) - u_k).square().flatten(1).mean(1) for v_k, u_k in zip(v, u)]
+    return sum((w_k * errors_k).sum() for w_k, errors_k in zip(weights, errors)) / B, errors
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network: a DiT whose blocks are mixtures of transformers, one expert per scale
+def hand_over(state, joining):
+    """Alg. 2, lines 4 and 5: the ODE's state as the next finer scale joins it. `joining` is sigma_{T_{k+1}} x_0^(k),
+    Eq. (3) at its start: the band of the noise that the coarser scales, `state`, lack is a state of its own."""
+    return (joining, *state)
+
+
+# ---- The network: a DiT whose blocks are mixtures of transformers, one expert per scale ------------------------------
 
 
 @dataclass
@@ -177,7 +140,6 @@ class LapFlowConfig:
     mask: str = 'causal'    # which scales a scale sees: 'causal' (itself and coarser), 'none' (all), 'self' (itself)
     shared: str = ''        # which parts of a block all scales share: any of 'qkv', 'proj', 'ffn', 'mod', with commas
     path: str = 'linear'    # 'linear', 'gvp', 'quadratic' or 'cubic'
-    flow: str = 'lapflow'   # or a baseline, one scale active at a time: 'pyramidal' (Alg. 3, 4) or 'edify' (Alg. 5, 6)
 
     @property
     def K(self):
@@ -189,35 +151,22 @@ class LapFlowConfig:
         return (1.0, *self.T, 0.0)
 
     def __post_init__(self):
-        self.T = tuple(float(T_k) for T_k in self.T)
-        cell = 2 ** (self.K - 1) * self.patch
-        for name in ('size', 'channels', 'patch', 'width', 'depth', 'heads'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, but it is {getattr(self, name)}')
-        for wrong, sentence in (
-                (not all(a > b for a, b in zip(self.times, self.times[1:])),
-                 f'T must decrease inside (0, 1), finest scale first, but it is {self.T}'),
-                (self.size % cell, f'the grid of {self.size} does not divide by 2^(K-1) x patch = {cell}: take fewer '
-                 f'scales than K = {self.K} or a patch other than {self.patch}'),
-                (self.width % self.heads or self.width % 4,
-                 f'width must divide by 4 and by heads, but it is {self.width} with {self.heads} heads'),
-                (self.n_classes < 0, f'n_classes must be 0 (unconditional) or more, but it is {self.n_classes}'),
-                (self.mask not in ('causal', 'none', 'self'), f'mask must be causal, none or self, not {self.mask!r}'),
-                (self.path not in ('linear', 'gvp', 'quadratic', 'cubic'),
-                 f'path must be linear, gvp, quadratic or cubic, not {self.path!r}'),
-                (self.flow not in ('lapflow', 'pyramidal', 'edify'),
-                 f'flow must be lapflow, pyramidal or edify, not {self.flow!r}'),
-                (self.flow == 'pyramidal' and self.path != 'linear',
-                 f'flow pyramidal is a straight line: its path must be linear, not {self.path!r}'),
-                (not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'},
-                 f"shared takes any of qkv,proj,ffn,mod, or '' for none, not {self.shared!r}")):
-            if wrong:
+        def need(condition, sentence):
+            if not condition:
                 raise ValueError(sentence)
+        cell, shared = 2 ** (self.K - 1) * self.patch, set(self.shared.split(','))
+        need(all(a > b for a, b in zip(self.times, self.times[1:])), f'T must decrease inside (0, 1), not {self.T}')
+        need(self.size % cell == 0, f'a grid of {self.size} does not divide by 2^(K-1) x patch = {cell}; K is {self.K}')
+        need(self.width % math.lcm(4, self.heads) == 0, f'width must divide by 4 and by heads, not {self.width}')
+        for name, known in (('mask', ('causal', 'none', 'self')), ('path', ('gvp', *POWERS))):
+            need(getattr(self, name) in known, f'{name} must be one of {known}, but it is {getattr(self, name)!r}')
+        need(shared <= {'', 'qkv', 'proj', 'ffn', 'mod'}, f'shared takes any of qkv,proj,ffn,mod, not {self.shared!r}')
 
 
 def sinusoid(x, dim):
-    """Sines and cosines of x, (N,), at dim/2 frequencies from 1 down to 1/10000 (Vaswani et al., 2017): (N, dim)."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
+    """Sines and cosines of x, (N,), at dim/2 frequencies from 1 to almost 1/10000 (Vaswani et al., 2017): (N, dim)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
     angles = x[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -232,15 +181,13 @@ def position_table(n, k, D):
 
 def patchify(x, p):
     """(B, C, H, W) -> (B, N, C*p*p) with N = (H/p)*(W/p) tokens, row by row."""
-    B, C, H, W = x.shape
-    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+    return F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(x, p):
     """The inverse of `patchify` for a square grid: (B, N, C*p*p) -> (B, C, H, W)."""
-    B, N, features = x.shape
-    n = math.isqrt(N)
-    return x.view(B, n, n, features // p ** 2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, n * p, n * p)
+    n = math.isqrt(x.shape[1])
+    return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (n, n)), p)
 
 
 def modulate(x, shift, scale):
@@ -249,37 +196,29 @@ def modulate(x, shift, scale):
 
 
 def global_attention(qkv, mask):
-    """
-    Eq. (9): attention over the tokens of all active scales. qkv maps scale k to a (3, B_k, heads, N_k, d) tensor; the
-    result maps k to (B_k, N_k, D).
+    """Eq. (9): attention over the tokens of all active scales. qkv maps scale k to a (3, B_k, heads, N_k, d) tensor;
+    the result maps k to (B_k, N_k, D).
 
     The block-causal mask M_c is never built: the queries of scale k attend to the joined keys of the scales >= k, and
-    what the mask would hide is not computed. With mask 'none' images that have the same scales attend together, one
-    stage after another.
-    """
-    heads_last = lambda x: x.transpose(1, 2).flatten(2)
-    if mask != 'none':
-        out = {}
-        for k in qkv:
-            seen = [k] if mask == 'self' else [j for j in qkv if j >= k]
-            keys, values = torch.cat([qkv[j][1:, :qkv[k].shape[1]] for j in seen], dim=3)
-            out[k] = heads_last(F.scaled_dot_product_attention(qkv[k][0], keys, values))
-        return out
-    groups, first = {k: [] for k in qkv}, 0
-    for s in qkv:
-        last = qkv[s].shape[1]
-        if last > first:
-            scales = [j for j in qkv if j >= s]
-            joined = torch.cat([qkv[j][:, first:last] for j in scales], dim=3)
-            tokens = [qkv[j].shape[3] for j in scales]
-            for j, part in zip(scales, heads_last(F.scaled_dot_product_attention(*joined)).split(tokens, dim=1)):
-                groups[j].append(part)
-        first = last
-    return {k: torch.cat(parts) for k, parts in groups.items()}
+    what the mask would hide is not computed. With mask 'none' an image's queries see all scales that it has, which its
+    stage s says: those of scale k attend stage by stage."""
+    out = {}
+    for k in qkv:
+        parts, first = [], 0
+        for s in [j for j in qkv if j <= k] if mask == 'none' else [k]:
+            last = qkv[s].shape[1]
+            if last > first:        # the images first .. last - 1 see the scales >= s
+                seen = [k] if mask == 'self' else [j for j in qkv if j >= s]
+                keys, values = torch.cat([qkv[j][1:, first:last] for j in seen], dim=3)
+                attention = F.scaled_dot_product_attention(qkv[k][0, first:last], keys, values)
+                parts.append(attention.transpose(1, 2).flatten(2))
+            first = last
+        out[k] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return out
 
 
 class MoTBlock(nn.Module):
-    """The multi-scale MoT block (Sec. 4.4, Figure 2): everything but the attention belongs to a scale."""
+    """The multi-scale MoT block (Sec. 4.4, Figure 2): all but the attention is each scale's own, unless `shared`."""
 
     def __init__(self, config):
         super().__init__()
@@ -297,13 +236,12 @@ class MoTBlock(nn.Module):
 
     def forward(self, z, c):
         """z maps each active scale k, finest first, to its tokens (B_k, N_k, D); c is the condition, (B, D)."""
-        qkv, post = {}, {}
+        qkv, post, out = {}, {}, {}
         for k in z:  # PreAttnMod and Eq. (8)
             shift, scale, *post[k] = self.mod[k](c[:len(z[k])]).unsqueeze(1).chunk(6, dim=-1)   # each (B_k, 1, D)
             h = self.qkv[k](modulate(z[k], shift, scale))                                       # (B_k, N_k, 3D)
             qkv[k] = h.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (3, B_k, heads, N_k, d)
         attention = global_attention(qkv, self.mask)
-        out = {}
         for k in z:  # PostAttnMod
             gate, shift, scale, ffn_gate = post[k]
             x = z[k] + gate * self.proj[k](attention[k])
@@ -335,53 +273,46 @@ class LapFlow(nn.Module):
         self.t_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.y_embed = nn.Embedding(config.n_classes + 1, D) if config.n_classes else None   # the last: the null label
         self.patch_embed = nn.ModuleList(nn.Linear(config.channels * p * p, D) for _ in range(K))
-        for k in range(K):
-            table = position_table(config.size // (p * 2 ** k), k, D)
-            self.register_buffer(f'positions_{k}', table, persistent=False)
+        tables = [position_table(config.size // (p * 2 ** k), k, D) for k in range(K)]
+        self.register_buffer('positions', torch.cat(tables), persistent=False)     # (N_0 + ... + N_{K-1}, D)
+        self.tokens = [len(table) for table in tables]
         self.blocks = nn.ModuleList(MoTBlock(config) for _ in range(config.depth))
         self.final = nn.ModuleList(FinalLayer(config) for _ in range(K))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in (self.t_embed[0], self.t_embed[2], self.y_embed):
-            if module is not None:
-                nn.init.normal_(module.weight, std=0.02)
-        gates = [module for block in self.blocks for module in block.mod]
-        outputs = [module for final in self.final for module in (final.mod, final.linear)]
-        for module in gates + outputs:
-            nn.init.zeros_(module.weight)
+        for module in filter(None, (self.t_embed[0], self.t_embed[2], self.y_embed)):
+            nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if '.mod.' in name or name.startswith('final'):
+                nn.init.zeros_(parameter)
 
-    def forward(self, x_t, t, y=None):
-        """
-        Eq. (6): the velocities of the active scales.
-
-        x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one alone.
-        t: (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
-        Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs.
-        With the other flows an image has one scale. A training batch has several: groups of images, each with its slice
-        of t and y.
-        """
-        p, sizes = self.config.patch, [0 if x is None else len(x) for x in x_t]
-        if self.config.flow != 'lapflow' and sum(map(bool, sizes)) > 1:
-            parts = zip(t.split(sizes), [None] * self.config.K if y is None else y.split(sizes))
-            alone = lambda k: [x if j == k else None for j, x in enumerate(x_t)]
-            return [self(alone(k), *part)[k] for k, part in enumerate(parts)]
-        context = [self.t_embed(sinusoid(1000 * t, 256))]                   # (B, D) each
+    def embed(self, t, y):
+        """The condition: of t (B,) and labels y (B,) or None the tokens, (B, n, D), and the vector of adaLN, (B, D)."""
+        tokens = [self.t_embed(sinusoid(1000 * t, 256))]
         if self.y_embed is not None:
             y = torch.full_like(t, self.config.n_classes, dtype=torch.long) if y is None else y
-            context.append(self.y_embed(y))
-        c = F.silu(sum(context))
+            tokens.append(self.y_embed(y))
+        return torch.stack(tokens, dim=1), F.silu(sum(tokens))
 
-        z = {k: self.patch_embed[k](patchify(x, p)) + getattr(self, f'positions_{k}')
-             for k, x in enumerate(x_t) if x is not None}                   # (B_k, N_k, D)
-        coarsest = max(z)
+    def forward(self, x_t, t, y=None):
+        """Eq. (6): the velocities of the active scales.
+
+        x_t: list of K, scale k (B_k, C, H/2^k, W/2^k) or None; active may be any suffix of the scales, or one alone. t:
+        (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
+        Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs."""
+        p, positions = self.config.patch, self.positions.split(self.tokens)
+        z = {k: self.patch_embed[k](patchify(x, p)) + positions[k]
+             for k, x in enumerate(x_t) if x is not None}                           # (B_k, N_k, D)
+        condition, c = self.embed(t, y)                                             # (B, n, D), (B, D)
         # In-context conditioning: the tokens of t and y stand with the coarsest scale, which every scale may see.
-        z[coarsest] = torch.cat([torch.stack(context, dim=1), z[coarsest]], dim=1)
+        coarsest, n = max(z), condition.shape[1]
+        z[coarsest] = torch.cat([condition, z[coarsest]], dim=1)
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if self.checkpoint_blocks:
                 z = checkpoint(block, z, c, use_reentrant=False)
             else:
                 z = block(z, c)
-        z[coarsest] = z[coarsest][:, len(context):]
+        z[coarsest] = z[coarsest][:, n:]
         return [None if x is None else unpatchify(self.final[k](z[k], c[:len(x)]), p) for k, x in enumerate(x_t)]

@@ -1,28 +1,26 @@
-"""
-Draws images from a checkpoint: Alg. 2, one ODE in K segments.
+"""Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
     python sample.py --ckpt out-digits/ckpt.pt                                  # a picture beside the checkpoint
     python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's: arr_0 uint8 NHWC, arr_1 labels
     python sample.py --ckpt CKPT --num_samples=100 --out=samples/               # one PNG each
     python sample.py --ckpt CKPT --trajectory=True                              # the pyramid through t, as in Figure 1
 
-Noise and label of sample i depend on (seed, i) alone, so fixed-step solvers draw the same images whatever the batch.
-"""
+Noise and label of sample i depend on (seed, i) alone: with a fixed-step solver in float32 its pixels are the same
+within one grey level, whatever the batch and the number of processes. The same command goes on where it stopped."""
 import os
-import time
-import zipfile
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import claim, configure, hold, in_words
-from data import decode, launch, load_vae, new_array
-from model import LapFlow, LapFlowConfig, laplacian_pyramid, path, reconstruct, up
+from configurator import barrier, check, claim, configure, explain, launch, precision
+from data import decode, load_vae
+from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, path, reconstruct
 
 ADAPTIVE = ('dopri5', 'dopri8', 'bosh3', 'fehlberg2', 'adaptive_heun')
 FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implicit_adams')
@@ -30,60 +28,47 @@ FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implic
 
 @torch.no_grad()
 def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0, frames=None):
-    """
-    Alg. 2, LapFlow sampling: images from full-resolution noise. With the other flows Alg. 4 and Alg. 6, alike in law.
+    """Alg. 2, LapFlow sampling: images from full-resolution noise.
 
     noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance
-    tol, or of FIXED, with `steps` steps over [0, 1] shared among the segments in proportion to their length. cfg weighs
-    classifier-free guidance, v_null + cfg (v_y - v_null) on every channel, in one forward of twice the batch; 1 is the
-    conditional model. frames, a list, receives (t, state) at six times of every segment, a state being a list of K.
-    Returns (x, nfe): images (B, C, H, W) and the number of model calls, a guided pair counted once. Raises
-    FloatingPointError, with a sentence, if a model that has diverged makes the ODE insoluble.
-    """
-    config, K, B = model.config, model.config.K, len(noise)
-    x0, state, nfe = laplacian_pyramid(noise, K), (), 0
+    tol, or of FIXED, with `steps` steps over [0, 1], shared among the segments in proportion to their length (at least
+    one each: so 4 may become 5). cfg weighs classifier-free guidance, v_null + cfg (v_y - v_null) on every channel, in
+    one forward of twice the batch; 1 is the conditional model. frames, a list, receives (t, state) at six times of
+    every segment, a state being a list of K. Returns (x, nfe): images (B, C, H, W) and the number of model calls, a
+    guided pair counted once. The ODE of a model that has diverged raises FloatingPointError, with a sentence."""
+    config = model.config
+    x0, state, nfe = laplacian_pyramid(noise, config.K), (), 0
+    guided = cfg != 1 and y is not None
+    labels = torch.cat([y, torch.full_like(y, config.n_classes)]) if guided else y
 
     def ode(t, x):
         nonlocal nfe
         nfe += 1
-        t = t.clamp(start, end).expand(B)     # adaptive solvers probe beyond the segment
-        x_t = [None] * k + list(x) + [None] * (K - k - len(x))
-        if cfg == 1 or y is None:
-            return tuple(v_k.to(x[0].dtype) for v_k in model(x_t, t, y) if v_k is not None)
-        twice = [None if x_k is None else torch.cat([x_k, x_k]) for x_k in x_t]
-        v = model(twice, torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.n_classes)]))
-        v_y, v_null = zip(*(v_k.to(x[0].dtype).chunk(2) for v_k in v if v_k is not None))
-        return tuple(null + cfg * (cond - null) for cond, null in zip(v_y, v_null))
+        t = t.clamp(start, end).expand(len(noise) * (1 + guided))   # adaptive solvers probe beyond the segment
+        x_t = [None] * k + [torch.cat([x_j, x_j]) if guided else x_j for x_j in x]
+        v = [v_j.to(noise.dtype) for v_j in model(x_t, t, labels) if v_j is not None]
+        if guided:
+            v = [v_null + cfg * (v_y - v_null) for v_y, v_null in (v_j.chunk(2) for v_j in v)]
+        return tuple(v)
 
-    for k in reversed(range(K)):
+    for k in reversed(range(config.K)):
         start, end = config.times[k + 1], config.times[k]
-        # Scale k joins the state as sigma_{T_{k+1}} x_0^(k), Eq. (3) at its start: no renoising. The baselines go on
-        # with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k): Alg. 4, lines 7 and 8 with the
-        # covariance of Appendix F.2, and Alg. 6, lines 4 and 6.
-        joining = path(torch.tensor(start), start, config.path)[2].item() * x0[k]
-        if config.flow == 'lapflow':
-            state = (joining, *state)
-        else:
-            state = (joining + up(state[0]) if state else joining,)
+        state = hand_over(state, path(torch.tensor(start), start, config.path)[2].item() * x0[k])
         t = torch.linspace(start, end, 2 if frames is None else 6, device=noise.device)
-        if method in ADAPTIVE:
-            options = dict(step_t=t[-1:])     # land on the segment's end
-        else:
-            n = max(1, round(steps * end) - round(steps * start))
-            options = dict(grid_constructor=lambda f, x, t: torch.linspace(start, end, n + 1, device=t.device))
-            if 'adams' in method:
-                options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
+        n = max(1, round(steps * end) - round(steps * start))
+        grid = torch.linspace(start, end, n + 1, device=noise.device)
+        options = dict(step_t=t[-1:]) if method in ADAPTIVE else dict(grid_constructor=lambda *_: grid)
+        if 'adams' in method:
+            options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
         try:
             states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
-        except AssertionError:      # torchdiffeq's, where steps shrink to nothing or a state is not finite
-            states = ()
-        if not states or not all(x[-1].isfinite().all() for x in states):
-            raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g} to {end:g}: the model has '
-                                     'diverged or is hardly trained; another method, or tol, may still draw something')
+            assert all(x[-1].isfinite().all() for x in states), 'a state is not finite'
+        except AssertionError as error:     # also torchdiffeq's, where steps shrink to nothing
+            raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g} to {end:g} ({error}): the '
+                                     'model has diverged or is hardly trained, or needs another method or tol')
         state = tuple(x[-1] for x in states)
         if frames is not None:
-            idle = [None] * (K - k - len(states))
-            frames += [(t_i.item(), [None] * k + [x[i] for x in states] + idle) for i, t_i in enumerate(t)]
+            frames += [(t_i.item(), [None] * k + [x[i] for x in states]) for i, t_i in enumerate(t)]
     return reconstruct(state), nfe
 
 
@@ -98,35 +83,51 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_picture(array):
-    """An H x W x C uint8 array with C = 1 or 3 -> PIL image."""
-    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+def labels_of(index, n_classes, cls=-1):
+    """The classes of the samples in index: cls, or for -1 all in turn."""
+    return [cls if cls >= 0 else i % n_classes for i in index]
+
+
+def draw(model, vae, meta, seed, index, autocast, cls=-1, **solver):
+    """The pictures of the samples in index, (B, H, W, C) uint8, and NFE. meta is the dataset's, solver more arguments
+    of `generate`. Adaptive methods run in float32: rounding makes them reject their steps."""
+    config, device = model.config, model.positions.device
+    noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
+    y = torch.tensor(labels_of(index, config.n_classes, cls), device=device) if config.n_classes else None
+    with autocast if solver['method'] in FIXED else nullcontext():
+        x, nfe = generate(model, noise, y, **solver)
+    return to_uint8(decode(vae, x, meta)), nfe
 
 
 def save_grid(file, images, columns=10):
-    """Writes N H W C uint8 images as one picture, row by row, black where they run out."""
+    """Writes (N, H, W, C) uint8 images as one picture, row by row."""
     N, H, W, C = images.shape
-    rows = -(-N // columns)
-    canvas = np.zeros((rows * columns, H, W, C), np.uint8)
-    canvas[:N] = images
-    canvas = canvas.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
-    to_picture(canvas).save(file)
+    canvas = Image.new('RGB' if C == 3 else 'L', (columns * W, -(-N // columns) * H))
+    for i, image in enumerate(images):
+        canvas.paste(Image.fromarray(image.squeeze()), (i % columns * W, i // columns * H))
+    canvas.save(file)
 
 
-def load_checkpoint(file, device):
-    """The dict that train.py saved in a file; ends the script with one sentence if it is not one."""
-    if not os.path.isfile(file):
-        raise SystemExit(f'there is no checkpoint {file!r}: give --ckpt=OUT_DIR/ckpt.pt, or train one with train.py')
-    try:
-        with zipfile.ZipFile(file) as members:
-            if members.testzip():
-                raise ValueError('a checksum is wrong')     # torch writes them, but does not compare
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        missing = {'model', 'ema', 'optimizer', 'iter_num', 'model_args', 'config', 'data'} - set(checkpoint)
-    except Exception as error:
-        raise SystemExit(f'{file!r} is not a checkpoint of train.py or is damaged ({in_words(error)})')
-    if missing:
-        raise SystemExit(f'{file!r} is not a checkpoint of train.py: it lacks {", ".join(sorted(missing))}')
+def save_trajectory(file, frames, vae, meta):
+    """The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames
+    of `generate`; in rows the state of every scale, coarsest first, mid-grey for 0 (of latents three channels), and
+    below them their reconstruction, decoded."""
+    canvas = Image.new('RGB', (100 * len(frames), 116 + 100 * len(frames[-1][1])))
+    for column, (t, state) in enumerate(frames):
+        ImageDraw.Draw(canvas).text((100 * column + 50, 8), f't = {t:.2f}', anchor='mm', font_size=17)
+        whole = reconstruct([x for x in state if x is not None])
+        for row, x in enumerate([*reversed(state), decode(vae, whole, meta)]):
+            if x is not None:
+                picture = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
+                canvas.paste(picture.resize((96, 96), Image.NEAREST), (100 * column + 2, 18 + 100 * row))
+    canvas.save(file)
+
+
+def load_checkpoint(file):
+    """The dict that train.py saved in a file, its tensors on the CPU and read only when they are used."""
+    with explain(f'{file!r} is not a checkpoint of train.py, or is damaged'):
+        checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        LapFlowConfig(**checkpoint['model_args'])
     return checkpoint
 
 
@@ -137,23 +138,17 @@ def load_model(checkpoint, device):
     return model
 
 
-def save_trajectory(file, frames, vae, meta, cell=96):
-    """
-    The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames of
-    `generate`; in rows the state of every scale, coarsest first, mid-grey for 0 (of latents three channels), and below
-    them their reconstruction, decoded.
-    """
-    columns = []
-    for t, state in frames:
-        title = Image.new('RGB', (cell, 16))
-        ImageDraw.Draw(title).text((cell // 2, 8), f't = {t:.2f}', anchor='mm')
-        column = [title]
-        whole = decode(vae, reconstruct([x for x in state if x is not None]), meta)
-        for x in [*reversed(state), whole]:
-            picture = Image.new('L', (1, 1)) if x is None else to_picture(to_uint8(x)[0, ..., :3])
-            column.append(picture.convert('RGB').resize((cell, cell), Image.Resampling.NEAREST))
-        columns.append(np.concatenate([np.pad(np.asarray(part), ((2, 2), (2, 2), (0, 0))) for part in column]))
-    Image.fromarray(np.concatenate(columns, axis=1)).save(file)
+def sampling_defaults(settings):
+    """The settings of `generate` that the checkpoint of these settings carries, for `configure`."""
+    config = load_checkpoint(settings['ckpt'])['config']
+    return {key: config[key] for key in ('method', 'steps', 'tol', 'cfg')}
+
+
+def check_solver(config, method, steps, tol, cfg):
+    """What `generate` takes, as a dict; ends the script with one sentence if it cannot be."""
+    check(method in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}')
+    check(cfg == 1 or config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional: --cfg=1')
+    return dict(method=method, steps=steps, tol=tol, cfg=cfg)
 
 
 if __name__ == '__main__':
@@ -169,96 +164,50 @@ if __name__ == '__main__':
     tol = 1e-5
     cfg = 1.0
     device = 'auto'
-    dtype = 'float32'       # TF32 on GPUs; bfloat16 is for fixed-step methods
-    compile = False         # torch.compile, block by block: for many samples
-    configure(globals())
-    checkpoint = load_checkpoint(ckpt, 'cpu')
-    globals().update({key: checkpoint['config'][key] for key in ('method', 'steps', 'tol', 'cfg')})
-    configure(globals())    # once more, over the checkpoint's defaults
-    device, rank, world = launch(device, 'gloo')
-    model, meta = load_model(checkpoint, device), checkpoint['data']
-    config = model.config
-    methods = ADAPTIVE + FIXED
-    for wrong, sentence in (
-            (method not in methods, f'method must be one of {", ".join(methods)}, but it is {method!r}'),
-            (steps < config.K, f'steps must be at least {config.K}, one for each segment, but it is {steps}'),
-            (tol <= 0, f'tol must be positive, but it is {tol}'),
-            (min(num_samples, batch_size) < 1, 'num_samples and batch_size must be at least 1'),
-            (seed < 0, f'seed must be 0 or more, but it is {seed}'),
-            (cls != -1 and not config.n_classes, 'cls needs a class-conditional model, and this one is unconditional'),
-            (not -1 <= cls < max(config.n_classes, 1),
-             f'cls must be -1 (all in turn) or a class below {config.n_classes}, but it is {cls}'),
-            (cfg != 1 and not config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional'),
-            (dtype not in ('float32', 'bfloat16'), f'dtype must be float32 or bfloat16, but it is {dtype!r}'),
-            (out and not out.endswith(('.png',) if trajectory else ('.png', '.npz', '/')),
-             f'out must end in .png{"" if trajectory else ", .npz or /"}, but it is {out!r}'),
-            (dtype == 'bfloat16' and method in ADAPTIVE, f'bfloat16 is too coarse for the steps of {method}: '
-             f'take a fixed-step method, one of {", ".join(FIXED)}')):
-        if wrong:
-            raise SystemExit(f'sample.py: {sentence}')
-    if compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-    vae = load_vae(meta, device) if meta['vae'] else None
-    out = out or os.path.join(os.path.dirname(ckpt), 'trajectory.png' if trajectory else 'samples.png')
-    num_samples = 1 if trajectory else num_samples
-    labels = [i % config.n_classes if cls < 0 else cls for i in range(num_samples)] if config.n_classes else None
+    dtype = 'float32'       # TF32 on GPUs; bfloat16 or auto are for fixed-step methods
+    configure(globals(), inherit=sampling_defaults)
+    device, rank, world = launch(device)
+    checkpoint = load_checkpoint(ckpt)
+    meta, model = checkpoint['data'], load_model(checkpoint, device)
+    vae, n_classes = load_vae(meta, device), model.config.n_classes
+    solver = check_solver(model.config, method, steps, tol, cfg)
+    out = out or str(Path(ckpt).with_name('trajectory.png' if trajectory else 'samples.png'))
+    check(cls in range(-1, n_classes), f'cls must be -1 (all classes in turn) or below {n_classes}, but it is {cls}')
+    check(out.endswith('.png' if trajectory else ('.png', '.npz', '/')), f'out must end in .png, .npz or /: {out!r}')
+    check(dtype != 'bfloat16' or method in FIXED, f'{method} needs float32; bfloat16 is for {", ".join(FIXED)}')
+    autocast, dtype = precision(device, dtype)
+    if trajectory:
+        frames = []
+        draw(model, vae, meta, seed, [0], autocast, cls, frames=frames, **solver)
+        save_trajectory(out, frames, vae, meta)
+        print(f'sample 0 through t: {out}')
+        raise SystemExit
 
-    # Every process draws every world-th sample, into PNGs of its own or its rows of one array on the disk
-    folder, mine, array_file = out.endswith('/'), range(rank, num_samples, world), f'{out}.partial.npy'
-    lock_file = os.path.join(out, '.lock') if folder else f'{out}.lock'
+    # Every process draws every world-th sample, into PNGs; where a picture or .npz is wanted, rank 0 packs them
+    folder, nfes = out if out.endswith('/') else f'{out}.samples', []
     if rank == 0:
-        hold(lock_file)
-        if folder:
-            claim(out, dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], seed=seed, cls=cls, method=method, steps=steps,
-                            tol=tol, cfg=cfg, dtype=dtype))
-            if any(name.endswith('.png') and name >= f'{num_samples:06}.png' for name in os.listdir(out)):
-                raise SystemExit(f'sample.py: {out} holds more than {num_samples} samples: choose another --out')
-        else:
-            shape = (meta['image_size'], meta['image_size'], 3) if vae else (config.size, config.size, config.channels)
-            new_array(array_file, np.uint8, (num_samples, *shape), copies=2)
-    if world > 1:
-        dist.barrier()
-    if folder:
-        mine = [i for i in mine if not os.path.exists(os.path.join(out, f'{i:06}.png'))]
-    else:
-        images = np.load(array_file, mmap_mode='r+')
-    nfes, frames, started = [], [] if trajectory else None, time.time()
-    for first in tqdm(range(0, len(mine), batch_size), disable=rank > 0 or len(mine) <= batch_size, unit=' batches'):
+        claim(folder, 'settings.json', dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], num_samples=num_samples,
+                                            cls=cls, seed=seed, dtype=dtype, **solver))
+    barrier()
+    png = lambda i: f'{folder}/{i:06}.png'
+    mine = [i for i in range(rank, num_samples, world) if not os.path.exists(png(i))]
+    for first in tqdm(range(0, len(mine), batch_size), disable=rank > 0):
         index = mine[first:first + batch_size]
-        noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
-        y = torch.tensor([labels[i] for i in index], device=device) if labels else None
-        try:
-            with autocast:
-                x, nfe = generate(model, noise, y, method, steps, tol, cfg, frames)
-        except FloatingPointError as error:
-            if not folder and rank == 0:
-                os.remove(array_file)
-                os.remove(lock_file)
-            raise SystemExit(f'sample.py: {error}')
+        with explain('there are no such samples', FloatingPointError):
+            images, nfe = draw(model, vae, meta, seed, index, autocast, cls, **solver)
         nfes.append(nfe)
-        for i, image in zip(index, to_uint8(decode(vae, x, meta))):
-            if folder:
-                file = os.path.join(out, f'{i:06}.png')
-                to_picture(image).save(f'{file}.tmp', format='png')
-                os.replace(f'{file}.tmp', file)
-            else:
-                images[i] = image
-    if world > 1:
-        dist.barrier()
+        for i, image in zip(index, images):
+            Image.fromarray(image.squeeze()).save(f'{folder}/{rank}.tmp', format='png')
+            os.replace(f'{folder}/{rank}.tmp', png(i))
+    barrier()
     if rank == 0:
-        if trajectory:
-            save_trajectory(out, frames, vae, meta)
-        elif out.endswith('.npz'):
-            np.savez(f'{out}.tmp.npz', arr_0=images, **(dict(arr_1=np.array(labels)) if labels else {}))
-            os.replace(f'{out}.tmp.npz', out)
-        elif not folder:
-            save_grid(out, images)
-        if not folder:
-            os.remove(array_file)
-            os.remove(lock_file)
-        nfe = f'{np.mean(nfes):.1f}' if nfes else '0 (all were there)'
-        print(f'{num_samples} samples, {method}, NFE {nfe}, {time.time() - started:.1f} s: {out}')
-    if world > 1:
-        dist.destroy_process_group()
+        if folder != out:
+            arrays = dict(arr_0=np.stack([np.atleast_3d(Image.open(png(i))) for i in range(num_samples)]))
+            if n_classes:
+                arrays['arr_1'] = labels_of(range(num_samples), n_classes, cls)
+            if out.endswith('.png'):
+                save_grid(out, arrays['arr_0'])
+            else:
+                np.savez(out, **arrays)
+            shutil.rmtree(folder)
+        print(f'{num_samples} samples, {method}, NFE {sum(nfes) / max(1, len(nfes)):.1f}: {out}')

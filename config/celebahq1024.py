@@ -1,6 +1,6 @@
 # CelebA-HQ 1024 x 1024, unconditional (Table 1, Table 6).
 #
-#   python data.py --source=celeba_hq.zip --out=data/celebahq1024 --size=1024 --vae=stabilityai/sd-vae-ft-mse
+#   python data.py --source=celeba_hq.zip --out=data/celebahq1024 --size=1024 --vae=stabilityai/sd-vae-ft-mse --batch_size=4
 #   torchrun --nproc_per_node=8 train.py config/celebahq1024.py
 #
 # The paper's: FID 5.51 (50,000 samples, dopri5, NFE 94), 8 H200 for 8.3 days, 120.5 GB per GPU. Ours: not run.
@@ -8,8 +8,6 @@ out_dir = 'out-celebahq1024'
 dataset = 'celebahq1024'
 
 # DiT-L/2, three scales: 128 x 128, 64 x 64 and 32 x 32 latents
-size = 128
-channels = 4
 n_classes = 0
 patch = 2
 width = 1024

@@ -8,8 +8,6 @@ out_dir = 'out'
 dataset = 'celebahq256'     # 30,000 images; LFM trained on 27,000: --heldout=3000 in data.py
 
 # DiT-L/2, two scales: 32 x 32 and 16 x 16 latents
-size = 32
-channels = 4
 n_classes = 0
 patch = 2
 width = 1024

@@ -9,8 +9,6 @@ out_dir = 'out-imagenet256-b2'
 dataset = 'imagenet256'
 
 # DiT-B/2, two scales: 32 x 32 and 16 x 16 latents
-size = 32
-channels = 4
 n_classes = 1000
 patch = 2
 width = 768
