@@ -25,12 +25,30 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
+import baselines  # noqa: E402
 import model as lapflow  # noqa: E402
-from configurator import configure  # noqa: E402
-from data import Dataset, decode, launch, load_vae, training_order  # noqa: E402
-from model import LapFlow, LapFlowConfig, multiscale_loss, packed_counts, stage_times, states_and_targets  # noqa: E402
-from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of  # noqa: E402
+import sample  # noqa: E402
+from configurator import check, configure, launch, precision  # noqa: E402
+from data import Dataset, decode, load_vae, training_order  # noqa: E402
+from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages  # noqa: E402
+from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of, sampling_defaults  # noqa: E402
+
+
+def flow_of(config):
+    """Of LapFlow or a baseline: the network, and the module with its `states_and_targets` and what belongs to it."""
+    return (baselines.OneScale, baselines) if isinstance(config, baselines.FlowConfig) else (LapFlow, lapflow)
+
+
+def config_of(model_args):
+    """A config from a checkpoint's model_args, of LapFlow or a baseline."""
+    return (baselines.FlowConfig if 'flow' in model_args else LapFlowConfig)(**model_args)
+
+
+def packed_counts(B, K):
+    """(B_0, ..., B_{K-1}) of a packed batch of B images."""
+    return [int((packed_stages(B, K) <= k).sum()) for k in range(K)]
 
 
 def attention_cost(T):
@@ -52,11 +70,11 @@ def flops_per_segment(config):
     FLOPs of one evaluation for one image in every segment, coarsest first, by torch's counter on the meta device: the
     whole network's and attention's.
     """
-    counts = []
+    counts, (network, _) = [], flow_of(config)
     with torch.device('meta'):
-        model = LapFlow(config)
+        model = network(config)
         for s in reversed(range(config.K)):
-            active = range(s, config.K) if config.flow == 'lapflow' else [s]
+            active = range(s, config.K) if network is LapFlow else [s]
             x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k in active else None
                  for k in range(config.K)]
             with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -101,6 +119,7 @@ def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device,
     (seeds 0, 1, ...).
     """
     c, times, decoded, nfes = model.config, [], [], []
+    sample.hand_over = flow_of(c)[1].hand_over
     for seed in range(repeats + 1):     # the first is a warm-up
         noise = noise_of(seed, range(batch), (c.channels, c.size, c.size)).to(device)
         synchronize(device)
@@ -117,7 +136,7 @@ def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device,
 
 def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     """Prints the Table-1 row of a checkpoint."""
-    checkpoint = load_checkpoint(ckpt, 'cpu')
+    checkpoint = load_checkpoint(ckpt)
     model, meta = load_model(checkpoint, device), checkpoint['data']
     config = model.config
     parameters, vae_parameters, decoder = sum(p.numel() for p in model.parameters()), 0, lambda x: x
@@ -157,10 +176,12 @@ def dense_attention(qkv, mask):
 class Trainer:
     """A whole training step (forward, backward, AdamW, EMA) of one variant on random data, a call a step."""
 
-    def __init__(self, config, batch, device, autocast, packing='packed', compiled=False, checkpoint_blocks=False):
-        self.config, self.B, self.device, self.autocast, self.packing = config, batch, device, autocast, packing
+    def __init__(self, config, batch, device, packing='packed', compiled=False, checkpoint_blocks=False):
+        self.config, self.B, self.device, self.packing = config, batch, device, packing
+        self.autocast, dtype = precision(device, 'auto')
+        self.slow_flash = device == 'cpu' and dtype == 'bfloat16'       # which train.py avoids
         torch.manual_seed(0)
-        self.model = LapFlow(config).to(device)
+        self.model = flow_of(config)[0](config).to(device)
         self.model.checkpoint_blocks = checkpoint_blocks
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -172,17 +193,16 @@ class Trainer:
                 block.compile(dynamic=False)
 
     def __call__(self):
-        K, B = self.config.K, self.B
+        K, B, flow = self.config.K, self.B, flow_of(self.config)[1]
         counts = {'packed': packed_counts(B, K), 'padded': [B] * K,
                   'one stage a step': [B if k >= self.steps % K else 0 for k in range(K)]}[self.packing]
-        stage = (torch.arange(B, device=self.device) * K // B if self.packing == 'packed'
-                 else torch.zeros(B, dtype=torch.long))
-        if self.packing == 'one stage a step':
-            stage = stage + self.steps % K
-        t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
-        x_t, u = states_and_targets(self.x1, self.x0, t, counts, self.config)
+        stage = packed_stages(B, K, self.device)
+        if self.packing != 'packed':
+            stage = torch.full_like(stage, self.steps % K if self.packing == 'one stage a step' else 0)
+        t = flow.stage_times(stage, torch.rand(B, device=self.device), self.config)
+        x_t, u = flow.states_and_targets(self.x1, self.x0, t, counts, self.config)
         active = [x if n else None for x, n in zip(x_t, counts)]
-        with self.autocast(), sdpa_kernel(SDPBackend.MATH) if self.device == 'cpu' else nullcontext():   # as train.py
+        with self.autocast, sdpa_kernel(SDPBackend.MATH) if self.slow_flash else nullcontext():
             v = self.model(active, t, self.y)
         loss, _ = multiscale_loss([x for x in v if x is not None], [x for x, n in zip(u, counts) if n], (1.0,) * K, B)
         loss.backward()
@@ -201,7 +221,7 @@ class Sampler:
         self.noise = noise_of(0, range(trainer.B), (c.channels, c.size, c.size)).to(trainer.device)
 
     def __call__(self):
-        with self.trainer.autocast():
+        with self.trainer.autocast:
             generate(self.trainer.model, self.noise, self.trainer.y, 'euler', 20)
 
 
@@ -232,15 +252,9 @@ def print_ratios(what, seconds, images, flops, ceiling):
               f'({ratios[0]:.2f} to {ratios[-1]:.2f}) |')
 
 
-def precision(device):
-    """Whether the hardware has bfloat16, and a function that makes the autocast of it."""
-    bf16 = 'cuda' in device or torch.cpu._is_amx_tile_supported()
-    return bf16, lambda: torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
-
-
-def matmul_ceiling(device, bf16, n=4096):
+def matmul_ceiling(device, dtype, n=4096):
     """FLOP/s of the best of ten large matrix products."""
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     best = math.inf
     for _ in range(10):
         synchronize(device)
@@ -254,20 +268,20 @@ def matmul_ceiling(device, bf16, n=4096):
 def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled):
     """Prints images/s of training steps and of sampling for this engine and what it replaces, and their ratios."""
     base = dict(size=size, channels=4, patch=patch, width=width, depth=depth, heads=heads)
-    bf16, autocast = precision(device)
+    dtype = precision(device, 'auto')[1]
     ours, single, own = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=()), lapflow.global_attention
     steps = {
-        'packed, no mask (ours)': (Trainer(ours, batch_size, device, autocast, compiled=compiled), own),
-        'one stage a step': (Trainer(ours, batch_size, device, autocast, 'one stage a step', compiled), own),
-        'padded, dense mask': (Trainer(ours, batch_size, device, autocast, 'padded', compiled), dense_attention),
-        'single scale, T=()': (Trainer(single, batch_size, device, autocast, compiled=compiled), own),
+        'packed, no mask (ours)': (Trainer(ours, batch_size, device, compiled=compiled), own),
+        'one stage a step': (Trainer(ours, batch_size, device, 'one stage a step', compiled), own),
+        'padded, dense mask': (Trainer(ours, batch_size, device, 'padded', compiled), dense_attention),
+        'single scale, T=()': (Trainer(single, batch_size, device, compiled=compiled), own),
     }
     print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, '
-          f'{"bfloat16" if bf16 else "float32"}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
+          f'{dtype}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
           f'medians of {repeats} interleaved repeats')
     # The arithmetic is that of a packed batch, for padded ones too: what they do besides is waste
     packed = {name: 3 * packed_flops(step.config, batch_size) / batch_size for name, (step, _) in steps.items()}
-    ceiling = matmul_ceiling(device, bf16)
+    ceiling = matmul_ceiling(device, dtype)
     print_ratios('training step', interleaved(steps, repeats, ours.K, device), batch_size, packed, ceiling)
     samplers = {name: (Sampler(step), attention) for name, (step, attention) in steps.items()
                 if name != 'one stage a step'}
@@ -279,7 +293,7 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
         for blocks in (False, True):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            step = Trainer(ours, batch_size, device, autocast, compiled=compiled, checkpoint_blocks=blocks)
+            step = Trainer(ours, batch_size, device, compiled=compiled, checkpoint_blocks=blocks)
             for _ in range(2):
                 step()
             print(f'peak memory of a training step, checkpoint_blocks {blocks}: '
@@ -289,18 +303,17 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
 
 def packed_flops(config, B):
     """Forward FLOPs of one packed batch of B images, by torch's counter."""
-    shape = (B, config.channels, config.size, config.size)
+    shape, (network, flow) = (B, config.channels, config.size, config.size), flow_of(config)
+    counts = packed_counts(B, config.K)
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        x_t, _ = states_and_targets(torch.empty(shape), torch.empty(shape), torch.empty(B),
-                                    packed_counts(B, config.K), config)
-        LapFlow(config)(x_t, torch.empty(B), torch.empty(B, dtype=torch.long))
+        x_t, _ = flow.states_and_targets(torch.empty(shape), torch.empty(shape), torch.empty(B), counts, config)
+        network(config)(x_t, torch.empty(B), torch.empty(B, dtype=torch.long))
     return counter.get_total_flops()
 
 
 def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled, folder):
     """Prints the seconds of what surrounds a training step: reading latents, evaluating, saving and loading."""
     config = LapFlowConfig(size=size, patch=patch, width=width, depth=depth, heads=heads, T=T)
-    _, autocast = precision(device)
     N, file = 4096, os.path.join(folder, 'ckpt.pt')
     latents = np.random.default_rng(0).standard_normal((N, 2, 8, size, size), np.float32).astype(np.float16)
     np.save(os.path.join(folder, 'latents.npy'), latents)
@@ -308,7 +321,7 @@ def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compi
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump(dict(vae='random', count=N, heldout=0, flips=2, size=size, channels=4, classes=[],
                        scaling_factor=1.0), f)
-    data, step, position = Dataset(folder), Trainer(config, batch_size, device, autocast, compiled=compiled), count()
+    data, step, position = Dataset(folder), Trainer(config, batch_size, device, compiled=compiled), count()
     eps = torch.randn(batch_size, 4, size, size, device=device)
 
     def read():
@@ -349,13 +362,9 @@ if __name__ == '__main__':
     T = (0.5,)
     repeats = 5
     compiled = False
-    configure(globals())
-    if what not in ('engine', 'loop', 'costs') or min(repeats, seeds) < 1:
-        raise SystemExit('bench.py: what must be engine, loop or costs, and repeats and seeds at least 1')
-    if ckpt:
-        saved = load_checkpoint(ckpt, 'cpu')['config']
-        method, steps, tol, cfg = (saved[key] for key in ('method', 'steps', 'tol', 'cfg'))
-        configure(globals())
+    configure(globals(), inherit=lambda settings: sampling_defaults(settings) if settings['ckpt'] else {})
+    check(what in ('engine', 'loop', 'costs') and min(repeats, seeds) >= 1,
+          'what must be engine, loop or costs, and repeats and seeds at least 1')
     device, _, _ = launch(device)
     gpu = 'cuda' in device
     batch_size = batch_size or (256 if gpu else 32)

@@ -1,16 +1,26 @@
+import gc
+import multiprocessing
 import os
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'      # tensors this small gain nothing from threads; for subprocesses, too
+os.environ['PYTHONUNBUFFERED'] = '1'
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import model  # noqa: E402
+import sample  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +37,26 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def run_in(folder, script, *args):
+    """Runs a script in this process, as if from a folder; the sentence that it ended with, '' for a normal end."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [script, *args])
+        if script == 'tests/baselines.py':      # it changes module model, and module sample has names of that
+            from baselines import CHANGES
+            for name in CHANGES:
+                patch.setattr(model, name, getattr(model, name))
+            patch.delitem(sys.modules, 'sample')
+        try:
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        except SystemExit as end:
+            return str(end.code or '')
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return ''
+
+
 @pytest.fixture
 def run(workplace, monkeypatch, capsys):
     """
@@ -36,28 +66,87 @@ def run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
 
     def run(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script, *args])
-        message, handler = '', signal.getsignal(signal.SIGTERM)
-        try:
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-        except SystemExit as end:
-            message = str(end.code or '')
-        signal.signal(signal.SIGTERM, handler)
+        message = run_in(workplace, script, *args)
         return capsys.readouterr().out, message
     return run
 
 
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+@contextmanager
+def started(folder, script, *args, launcher=(sys.executable,), stderr=subprocess.STDOUT):
+    """A script that is started from a folder in a process of its own, which is killed at the end."""
+    gc.collect()        # of what `run_in` ran: it holds its folder's lock
+    job = subprocess.Popen([*launcher, os.path.join(ROOT, script), *args], cwd=folder, text=True,
+                           stdout=subprocess.PIPE, stderr=stderr)
+    try:
+        yield job
+    finally:
+        job.kill()
+        job.wait()
+
+
+FORKS = multiprocessing.get_context('forkserver')       # of a process that has imported torch
+FORKS.set_forkserver_preload(['pytest', 'torchdiffeq'])
+
+
+def be_rank(rank, port, output, *script):
+    """What one of two processes does."""
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.exit(run_in(*script) or 0)
+
+
+def start_two(folder, script, *args):
+    """Starts a script in two processes that belong together, as torchrun does, but seconds faster."""
+    gc.collect()
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    output = tempfile.mktemp(dir=folder, prefix='output-')
+    jobs = [FORKS.Process(target=be_rank, args=(rank, port, output, folder, script, *args)) for rank in '01']
+    for job in jobs:
+        job.start()
+    return jobs, output
+
+
+def finish(jobs, output):
+    """Waits for what `start_two` started, which must end well; what it printed."""
+    for job in jobs:
+        job.join(300)
+    printed = Path(output).read_text()
+    assert [job.exitcode for job in jobs] == [0, 0], printed
+    return printed
+
+
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
-        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=20', '--steps=4',
+        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=12', '--steps=4',
         '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
 
 
 @pytest.fixture(scope='session')
 def trained(workplace):
     """The folder of one uninterrupted tiny run."""
-    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--out_dir=out-whole'], cwd=workplace,
-                   check=True)
+    assert run_in(workplace, 'train.py', *TINY, '--out_dir=out-whole') == ''
     return workplace / 'out-whole'
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiling(request):
+    """
+    The two processes of the test of compiled blocks, started before all tests if that is one of them, for they are a
+    minute in the C++ compiler.
+    """
+    if shutil.which('g++') and any(item.name.startswith('test_compiled_blocks') for item in request.session.items):
+        folder = request.getfixturevalue('workplace')
+        jobs, output = start_two(folder, 'train.py', *TINY, '--compile=True', '--out_dir=out-compiled')
+        yield jobs, output
+        for job in jobs:
+            job.kill()
+    else:
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -19,7 +19,7 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, '..'), HERE]
-from configurator import configure  # noqa: E402
+from configurator import check, configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import frechet, load_judge, read  # noqa: E402
 from model import down, laplacian_pyramid, up  # noqa: E402
@@ -57,11 +57,11 @@ if __name__ == '__main__':
     project = False
     hold_coarsest = False
     configure(globals())
-    if len(interval) != 2 or not all(run.count(':') == 1 and run.split(':')[0] in ADAPTIVE + FIXED
-                                     and run[-1].isdigit() for run in runs.split(',')):
-        raise SystemExit('solvers.py: interval is two times, and runs are METHOD:STEPS or METHOD:TOLERANCE with commas '
-                         f'between them, METHOD one of {", ".join(ADAPTIVE + FIXED)}')
-    checkpoint = load_checkpoint(ckpt, 'cpu')
+    check(len(interval) == 2 and all(run.count(':') == 1 and run.split(':')[0] in ADAPTIVE + FIXED
+                                     and run[-1].isdigit() for run in runs.split(',')),
+          'interval is two times, and runs are METHOD:STEPS or METHOD:TOLERANCE with commas between them, METHOD one '
+          f'of {", ".join(ADAPTIVE + FIXED)}')
+    checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, 'cpu')
     data, config = Dataset('digits'), model.config
     judge, labels = load_judge(data), np.arange(num_samples) % 10

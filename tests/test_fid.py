@@ -1,11 +1,9 @@
 """What fid.py promises, each promise against an oracle of its own: no network, random weights, a dozen images."""
+import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import sqrtm
+from torch import nn
 
 import fid
-from conftest import ROOT
+from conftest import run_in
+from data import ImageFiles, center_crop
+from test_data import started
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -27,86 +28,163 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def random_weights(seed=0):
-    """A state dict for fid.Inception under which activations keep their size and no batch norm does nothing."""
-    torch.manual_seed(seed)
-    weights = fid.Inception().state_dict()
-    for name, w in weights.items():
+# --- The oracle: torchvision's inception.py with pytorch-fid's FIDInceptionA, C, E_1 and E_2 --------------------------
+
+class Conv(nn.Module):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).clamp(min=0)
+
+
+def average(x):
+    """Of 3 x 3 neighbours, those beyond the border not counted."""
+    kernel, (B, C, H, W) = torch.ones(1, 1, 3, 3), x.shape
+    sums = F.conv2d(x.reshape(B * C, 1, H, W), kernel, padding=1).reshape(x.shape)
+    return sums / F.conv2d(torch.ones(1, 1, H, W), kernel, padding=1)
+
+
+class InceptionA(nn.Module):
+    def __init__(self, c_in, pool_features, d):
+        super().__init__()
+        self.branch1x1 = Conv(c_in, 64 // d, 1)
+        self.branch5x5_1 = Conv(c_in, 48 // d, 1)
+        self.branch5x5_2 = Conv(48 // d, 64 // d, 5, padding=2)
+        self.branch3x3dbl_1 = Conv(c_in, 64 // d, 1)
+        self.branch3x3dbl_2 = Conv(64 // d, 96 // d, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96 // d, 96 // d, 3, padding=1)
+        self.branch_pool = Conv(c_in, pool_features, 1)
+
+    def forward(self, x):
+        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), branch5x5, branch3x3dbl, self.branch_pool(average(x))], 1)
+
+
+class InceptionB(nn.Module):
+    def __init__(self, c_in, d):
+        super().__init__()
+        self.branch3x3 = Conv(c_in, 384 // d, 3, stride=2)
+        self.branch3x3dbl_1 = Conv(c_in, 64 // d, 1)
+        self.branch3x3dbl_2 = Conv(64 // d, 96 // d, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96 // d, 96 // d, 3, stride=2)
+
+    def forward(self, x):
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), branch3x3dbl, F.max_pool2d(x, kernel_size=3, stride=2)], 1)
+
+
+class InceptionC(nn.Module):
+    def __init__(self, c_in, c7, d):
+        super().__init__()
+        self.branch1x1 = Conv(c_in, 192 // d, 1)
+        self.branch7x7_1 = Conv(c_in, c7, 1)
+        self.branch7x7_2 = Conv(c7, c7, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = Conv(c7, 192 // d, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_1 = Conv(c_in, c7, 1)
+        self.branch7x7dbl_2 = Conv(c7, c7, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = Conv(c7, c7, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = Conv(c7, c7, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = Conv(c7, 192 // d, (1, 7), padding=(0, 3))
+        self.branch_pool = Conv(c_in, 192 // d, 1)
+
+    def forward(self, x):
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
+        return torch.cat([self.branch1x1(x), branch7x7, branch7x7dbl, self.branch_pool(average(x))], 1)
+
+
+class InceptionD(nn.Module):
+    def __init__(self, c_in, d):
+        super().__init__()
+        self.branch3x3_1 = Conv(c_in, 192 // d, 1)
+        self.branch3x3_2 = Conv(192 // d, 320 // d, 3, stride=2)
+        self.branch7x7x3_1 = Conv(c_in, 192 // d, 1)
+        self.branch7x7x3_2 = Conv(192 // d, 192 // d, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = Conv(192 // d, 192 // d, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = Conv(192 // d, 192 // d, 3, stride=2)
+
+    def forward(self, x):
+        branch7x7x3 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7x3),
+                          F.max_pool2d(x, kernel_size=3, stride=2)], 1)
+
+
+class InceptionE(nn.Module):
+    def __init__(self, c_in, pool, d, d_out):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(c_in, 320 // d_out, 1)
+        self.branch3x3_1 = Conv(c_in, 384 // d, 1)
+        self.branch3x3_2a = Conv(384 // d, 384 // d_out, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = Conv(384 // d, 384 // d_out, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = Conv(c_in, 448 // d, 1)
+        self.branch3x3dbl_2 = Conv(448 // d, 384 // d, 3, padding=1)
+        self.branch3x3dbl_3a = Conv(384 // d, 384 // d_out, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = Conv(384 // d, 384 // d_out, (3, 1), padding=(1, 0))
+        self.branch_pool = Conv(c_in, 192 // d_out, 1)
+
+    def forward(self, x):
+        branch3x3, branch3x3dbl = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([self.branch1x1(x), self.branch3x3_2a(branch3x3), self.branch3x3_2b(branch3x3),
+                          self.branch3x3dbl_3a(branch3x3dbl), self.branch3x3dbl_3b(branch3x3dbl),
+                          self.branch_pool(self.pool(x))], 1)
+
+
+class Inception(nn.Module):
+    """The published network, or one that is narrower, but for its 2048 features, and faster: d divides the widths."""
+
+    def __init__(self, d=1):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32 // d, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32 // d, 32 // d, 3)
+        self.Conv2d_2b_3x3 = Conv(32 // d, 64 // d, 3, padding=1)
+        self.Conv2d_3b_1x1 = Conv(64 // d, 80 // d, 1)
+        self.Conv2d_4a_3x3 = Conv(80 // d, 192 // d, 3)
+        self.Mixed_5b = InceptionA(192 // d, 32 // d, d)
+        self.Mixed_5c = InceptionA(256 // d, 64 // d, d)
+        self.Mixed_5d = InceptionA(288 // d, 64 // d, d)
+        self.Mixed_6a = InceptionB(288 // d, d)
+        self.Mixed_6b = InceptionC(768 // d, 128 // d, d)
+        self.Mixed_6c = InceptionC(768 // d, 160 // d, d)
+        self.Mixed_6d = InceptionC(768 // d, 160 // d, d)
+        self.Mixed_6e = InceptionC(768 // d, 192 // d, d)
+        self.Mixed_7a = InceptionD(768 // d, d)
+        self.Mixed_7b = InceptionE(1280 // d, average, d, d)
+        self.Mixed_7c = InceptionE(2048 // d, lambda x: F.max_pool2d(x, kernel_size=3, stride=1, padding=1), d, 1)
+        self.fc = nn.Linear(2048, 1008)         # unused, but part of the weights
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        x = 2 * F.interpolate(x, size=(299, 299), mode='bilinear', align_corners=False) - 1
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, kernel_size=3, stride=2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, kernel_size=3, stride=2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        return x.mean(dim=(2, 3))
+
+
+def random_inception(d):
+    """The oracle with random weights under which activations keep their size and no batch norm does nothing."""
+    torch.manual_seed(0)
+    net = Inception(d).eval()
+    for name, w in net.state_dict().items():
         if name.endswith('conv.weight'):
             w.normal_(0, (2 / w[0].numel()) ** 0.5)
         elif name.endswith(('bn.weight', 'running_var')):
             w.uniform_(0.5, 1.5)
         elif name.endswith(('bn.bias', 'running_mean')):
             w.normal_(0, 0.2)
-    weights['Conv2d_1a_3x3.bn.running_var'].mul_(0.02)     # smooth pictures: there eps = 1e-3 shows
-    return weights
-
-
-def reference_features(weights, images):
-    """The published network: torchvision's inception.py with pytorch-fid's FIDInceptionA, C, E_1 and E_2."""
-    def conv(x, name, stride=1, padding=0):
-        x = F.conv2d(x, weights[f'{name}.conv.weight'], None, stride, padding)
-        scale = weights[f'{name}.bn.weight'] / torch.sqrt(weights[f'{name}.bn.running_var'] + 0.001)
-        shift = weights[f'{name}.bn.bias'] - weights[f'{name}.bn.running_mean'] * scale
-        return (x * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
-
-    def average(x):
-        ones = torch.ones_like(x[:1, :1])
-        kernel = torch.ones(1, 1, 3, 3)
-        B, C, H, W = x.shape
-        sums = F.conv2d(x.reshape(B * C, 1, H, W), kernel, padding=1).reshape(x.shape)
-        return sums / F.conv2d(ones, kernel, padding=1)
-
-    def block_a(x, n):
-        b1 = conv(x, n + '.branch1x1')
-        b5 = conv(conv(x, n + '.branch5x5_1'), n + '.branch5x5_2', padding=2)
-        b3 = conv(x, n + '.branch3x3dbl_1')
-        b3 = conv(b3, n + '.branch3x3dbl_2', padding=1)
-        b3 = conv(b3, n + '.branch3x3dbl_3', padding=1)
-        return torch.cat([b1, b5, b3, conv(average(x), n + '.branch_pool')], 1)
-
-    def block_c(x, n):
-        b1 = conv(x, n + '.branch1x1')
-        b7 = conv(x, n + '.branch7x7_1')
-        b7 = conv(b7, n + '.branch7x7_2', padding=(0, 3))
-        b7 = conv(b7, n + '.branch7x7_3', padding=(3, 0))
-        bd = conv(x, n + '.branch7x7dbl_1')
-        bd = conv(bd, n + '.branch7x7dbl_2', padding=(3, 0))
-        bd = conv(bd, n + '.branch7x7dbl_3', padding=(0, 3))
-        bd = conv(bd, n + '.branch7x7dbl_4', padding=(3, 0))
-        bd = conv(bd, n + '.branch7x7dbl_5', padding=(0, 3))
-        return torch.cat([b1, b7, bd, conv(average(x), n + '.branch_pool')], 1)
-
-    def block_e(x, n, pooled):
-        b1 = conv(x, n + '.branch1x1')
-        b3 = conv(x, n + '.branch3x3_1')
-        b3 = [conv(b3, n + '.branch3x3_2a', padding=(0, 1)), conv(b3, n + '.branch3x3_2b', padding=(1, 0))]
-        bd = conv(conv(x, n + '.branch3x3dbl_1'), n + '.branch3x3dbl_2', padding=1)
-        bd = [conv(bd, n + '.branch3x3dbl_3a', padding=(0, 1)), conv(bd, n + '.branch3x3dbl_3b', padding=(1, 0))]
-        return torch.cat([b1, *b3, *bd, conv(pooled, n + '.branch_pool')], 1)
-
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    x = 2 * F.interpolate(x, size=(299, 299), mode='bilinear', align_corners=False) - 1
-    x = conv(x, 'Conv2d_1a_3x3', stride=2)
-    x = conv(x, 'Conv2d_2a_3x3')
-    x = F.max_pool2d(conv(x, 'Conv2d_2b_3x3', padding=1), kernel_size=3, stride=2)
-    x = F.max_pool2d(conv(conv(x, 'Conv2d_3b_1x1'), 'Conv2d_4a_3x3'), kernel_size=3, stride=2)
-    for n in ('Mixed_5b', 'Mixed_5c', 'Mixed_5d'):
-        x = block_a(x, n)
-    n = 'Mixed_6a'
-    b3 = conv(x, n + '.branch3x3', stride=2)
-    bd = conv(conv(x, n + '.branch3x3dbl_1'), n + '.branch3x3dbl_2', padding=1)
-    x = torch.cat([b3, conv(bd, n + '.branch3x3dbl_3', stride=2), F.max_pool2d(x, kernel_size=3, stride=2)], 1)
-    for n in ('Mixed_6b', 'Mixed_6c', 'Mixed_6d', 'Mixed_6e'):
-        x = block_c(x, n)
-    n = 'Mixed_7a'
-    b3 = conv(conv(x, n + '.branch3x3_1'), n + '.branch3x3_2', stride=2)
-    b7 = conv(conv(x, n + '.branch7x7x3_1'), n + '.branch7x7x3_2', padding=(0, 3))
-    b7 = conv(conv(b7, n + '.branch7x7x3_3', padding=(3, 0)), n + '.branch7x7x3_4', stride=2)
-    x = torch.cat([b3, b7, F.max_pool2d(x, kernel_size=3, stride=2)], 1)
-    x = block_e(x, 'Mixed_7b', average(x))
-    x = block_e(x, 'Mixed_7c', F.max_pool2d(x, kernel_size=3, stride=1, padding=1))
-    return x.mean(dim=(2, 3))
+    net.Conv2d_1a_3x3.bn.running_var.mul_(0.02)     # smooth pictures: there eps = 1e-3 shows
+    return net
 
 
 def pictures(n, size, seed=0):
@@ -116,21 +194,17 @@ def pictures(n, size, seed=0):
     return (0.6 * coarse + 0.4 * rng.uniform(0, 255, coarse.shape)).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize('size', [32, 400])
-def test_inception_is_the_published_network(size):
-    weights = random_weights()
-    net = fid.Inception().eval()
-    net.load_state_dict(weights)
-    images = pictures(2, size)
-    expected = reference_features(weights, images)
-    features = net(torch.from_numpy(images))
-    assert features.shape == (2, 2048) and expected.std() > 0.01
+@pytest.mark.parametrize('d, size', [(1, 32), (16, 400), (16, 299)])
+def test_inception_is_the_published_network(d, size):
+    net, images = random_inception(d), pictures(2, size)
+    expected, features = net(images), fid.inception_features(net.state_dict(), torch.from_numpy(images))
+    assert features.shape == (2, 2048) and features.dtype == torch.float32 and expected.std() > 0.01
     assert (features - expected).norm() < 1e-5 * expected.norm()
     assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
 
 def test_inception_has_torchvisions_parameters():
-    shapes = {name: tuple(w.shape) for name, w in fid.Inception().state_dict().items()}
+    shapes = {name: tuple(w.shape) for name, w in Inception().state_dict().items()}
     assert len(shapes) == 566 and sum(name.endswith('conv.weight') for name in shapes) == 94
     known = {'Conv2d_1a_3x3.conv.weight': (32, 3, 3, 3), 'Conv2d_4a_3x3.bn.num_batches_tracked': (),
              'Mixed_5b.branch5x5_2.conv.weight': (64, 48, 5, 5), 'Mixed_5d.branch_pool.conv.weight': (64, 288, 1, 1),
@@ -143,20 +217,76 @@ def test_inception_has_torchvisions_parameters():
     assert {name: shapes.get(name) for name in known} == known
 
 
-def test_streaming_statistics_are_numpys():
-    # A mean so far from zero that sums of squares would cancel.
-    x = np.random.default_rng(0).normal(1000, [1, 0.1, 5, 1e-3], (9001, 4)).astype(np.float32)
-    whole, parts, left, right = (fid.Statistics(4) for _ in range(4))
-    whole.update(torch.from_numpy(x))
-    for batch in torch.from_numpy(x).split(7):
-        parts.update(batch)
-    left.update(torch.from_numpy(x[:100]))
-    right.update(torch.from_numpy(x[100:]))
-    left.merge(right.n, right.mean, right.scatter)
-    for s in (whole, parts, left):
-        assert s.n == 9001
-        np.testing.assert_allclose(s.mean, x.astype(np.float64).mean(0), rtol=1e-12)
-        np.testing.assert_allclose(s.covariance(), np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+def test_weights_are_published_only_if_they_are(place, monkeypatch, tmp_path):
+    file = str(place / 'weights.pth')
+    sha256 = hashlib.sha256((place / 'weights.pth').read_bytes()).hexdigest()
+    weights, made_with = fid.load_inception(file, 'cpu')
+    assert made_with == sha256 and len(weights) == 566 and len(fid.SHA256) == 64
+    monkeypatch.setattr(fid, 'SHA256', sha256)
+    assert fid.load_inception(file, 'cpu')[1] == 'published'
+    asked, cached = [], tmp_path / 'checkpoints' / fid.URL.split('/')[-1]
+    cached.parent.mkdir()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: asked.append((a, k)) or weights)
+    for content, published in (((place / 'weights.pth').read_bytes(), True), (b'other', False)):    # a changed cache
+        cached.write_bytes(content)
+        assert (fid.load_inception('', 'cpu')[1] == 'published') == published
+    (url,), options = asked[0]
+    assert url == fid.URL and options['check_hash'] and options['weights_only'] and '-6726825d.pth' in url
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+def numbered(i):
+    """Image i, of 1 x 2 grey pixels: its number."""
+    return np.array([[[i // 256], [i % 256]]], np.uint8)
+
+
+@pytest.fixture
+def features_are(monkeypatch):
+    """features_are(x): the features of the image `numbered(i)` are x[i], whatever the weights."""
+    def features_are(x):
+        def look_up(weights, images):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (1, 2, 3)
+            assert (images == images[..., :1]).all()
+            i, j = images[:, 0, :, 0].long().T
+            return torch.from_numpy(x)[256 * i + j]
+        monkeypatch.setattr(fid, 'inception_features', look_up)
+    return features_are
+
+
+@pytest.mark.parametrize('batch_size, keep', [(64, 0), (400, 300), (70, 71)])
+def test_streaming_statistics_are_numpys(batch_size, keep, features_are):
+    deviation = np.geomspace(1e-2, 1, 2048)
+    x = np.random.default_rng(0).normal(0.5, deviation, (300, 2048)).astype(np.float32)
+    features_are(x)
+    statistics, features = fid.extract({}, numbered, 300, keep, batch_size, 'cpu')
+    x64 = x.astype(np.float64)
+    assert set(statistics) == {'mu', 'sigma', 'count', 'size'} and (statistics['count'], statistics['size']) == (300, 1)
+    np.testing.assert_allclose(statistics['mu'], x64.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics['sigma'], np.cov(x64, rowvar=False), rtol=1e-9, atol=1e-14)
+    assert (features.numpy() == x[:keep]).all()
+
+
+@pytest.mark.parametrize('world, keep', [(2, 4), (3, 7), (3, 1), (9, 5)])
+def test_the_shares_of_processes_join_in_the_order_of_images(world, keep, features_are, monkeypatch):
+    x = np.repeat(np.arange(7, dtype=np.float32)[:, None], 2048, 1)
+    features_are(x)
+    sent, received = [], []
+    monkeypatch.setattr(fid.dist, 'all_reduce', lambda part: sent.append(part.clone()))
+    for rank in range(world):
+        fid.extract({}, numbered, 7, keep, 2, 'cpu', rank, world)
+    parts = len(sent) // world
+    totals = [sum(sent[i::parts]) for i in range(parts)]
+
+    def add_others(part):
+        received.append(part.shape)
+        part.copy_(totals[len(received) - 1])
+    monkeypatch.setattr(fid.dist, 'all_reduce', add_others)
+    statistics, features = fid.extract({}, numbered, 7, keep, 2, 'cpu', 0, world)
+    assert len(received) == parts and features[:, 0].tolist() == list(range(keep)) and statistics['count'] == 7
+    np.testing.assert_allclose(statistics['mu'], 3, rtol=1e-12)
+    np.testing.assert_allclose(statistics['sigma'], 28 / 6, rtol=1e-12)
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -224,32 +354,39 @@ def test_precision_and_recall_are_those_of_all_pairs(kind, k):
         samples, reference = samples * 0, reference * 0
     samples, reference = samples.astype(np.float32), reference.astype(np.float32)
     expected = brute_force(samples.astype(np.float64), reference.astype(np.float64), k)
-    for block in (1, 7, 31, 512):
-        found = fid.precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), k, block)
-        assert found == pytest.approx(expected, abs=1e-12), block
+    found = fid.precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), k)
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_precision_and_recall_do_not_depend_on_blocks():
+def test_equal_distances_are_equal_at_inceptions_width():
     torch.manual_seed(0)
-    x = torch.rand(150, 2048) * 3       # Inception's width; a set against a part of itself: ties at every radius
-    y = x[:100] + 0.1 * (torch.arange(100) % 2)[:, None]
-    assert len({fid.precision_recall(y, x, block=block) for block in (3, 64, 149, 512)}) == 1
-    # Ties hold although features are rounded, as by another batch.
-    x, y = torch.randint(0, 3, (40, 5)).double(), torch.randint(0, 4, (31, 5)).double()
-    for block in (1, 7, 512):
-        nearly = (z + 1e-8 * torch.randn(z.shape, dtype=z.dtype) for z in (x, y))
-        assert fid.precision_recall(*nearly, block=block) == pytest.approx(brute_force(x, y, 3))
     x = torch.rand(30, 2048).repeat(4, 1)[torch.randperm(120)]    # balls of radius 0, which any rounding empties
-    assert all(fid.precision_recall(x[:90], x, block=block) == (1, 1) for block in (1, 50, 512))
+    assert fid.precision_recall(x[:90], x) == fid.precision_recall(x[:90] + 0, x.flip(0)) == (1, 1)
+    x = torch.randint(0, 3, (40, 2048)).float()
+    y = torch.cat([x[:20], x[20:31] + torch.eye(2048)[:11]])
+    assert fid.precision_recall(x, y) == pytest.approx(brute_force(x, y, 3))
 
 
-# --- the command line ---
+def test_distances_are_exact_far_from_zero():
+    torch.manual_seed(0)
+    x, y = 100 + 0.1 * torch.randn(40, 2048), 100 + 0.1 * torch.randn(31, 2048)     # |x|^2 is 500,000 times |x - y|^2
+    precision, recall = brute_force(x.double(), y.double(), 3)
+    assert 0 < precision < 1 and 0 < recall < 1
+    assert fid.precision_recall(x, y) == pytest.approx((precision, recall))
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A folder with weights and the same pictures in every form: a/, a.zip, a.npz, dataset/, likewise b."""
+def net():
+    return random_inception(16)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory, net):
+    """A folder with weights and the same pictures in every form: a/, a.zip, a.npz, dataset-a/, likewise b."""
     folder = tmp_path_factory.mktemp('fid')
-    torch.save(random_weights(), folder / 'weights.pth')
+    torch.save(net.state_dict(), folder / 'weights.pth')
     a, b = pictures(5, 32, 1), pictures(7, 32, 2)
     b[:5] = 0.8 * a + 0.2 * b[:5]      # near each other, so that precision and recall are not just 0 or 1
     for name, images in (('a', a), ('b', b)):
@@ -262,41 +399,42 @@ def place(tmp_path_factory):
                 archive.write(folder / name / f'class{i % 2}' / f'{i}.png', f'class{i % 2}/{i}.png')
         np.savez(folder / f'{name}.npz', arr_0=images, arr_1=np.zeros(len(images)))
         np.savez_compressed(folder / f'{name}-small.npz', arr_0=images)
-        prepare(folder / f'dataset-{name}', np.concatenate([images, images[:2] // 2]), heldout=2)
+        with_others = np.concatenate([images[:2], images[:1] * 0, images[2:], images[:2] // 2])
+        prepare(folder / f'dataset-{name}', with_others, heldout=2, unreadable=2)
     return folder
 
 
-def prepare(folder, images, heldout):
+def prepare(folder, images, heldout, unreadable=None, name='images'):
     os.makedirs(folder)
-    np.save(folder / 'images.npy', images)
+    np.save(folder / f'{name}.npy', images)
     N, H, W, C = images.shape
-    np.save(folder / 'labels.npy', np.zeros(N, np.int64))
-    meta = dict(source='test', size=H, channels=C, count=N, heldout=heldout, flips=1, classes=[], vae='')
+    np.save(folder / 'labels.npy', np.where(np.arange(N) == unreadable, -1, 0))
+    meta = dict(source='test', size=H, channels=C, count=N, heldout=heldout, flips=1, classes=[],
+                vae='' if name == 'images' else 'some VAE')
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 
 @pytest.fixture
-def cli(run, place, monkeypatch):
+def cli(place, capsys):
     """cli('--samples=..', ...) -> (numbers of the last line, all output, the sentence it ended with), in `place`."""
     def cli(*args, weights='weights.pth'):
-        monkeypatch.chdir(place)
-        out, message = run('fid.py', f'--inception={weights}', '--device=cpu', '--batch_size=4', *args)
+        message = run_in(place, 'fid.py', f'--inception={weights}', '--device=cpu', '--batch_size=4', *args)
+        out = capsys.readouterr().out
         return json.loads(out.splitlines()[-1]) if not message else None, out, message
     return cli
 
 
 @pytest.fixture(scope='module')
-def expected(place):
-    """What every form of a against b must give, by the tested parts and numpy."""
-    net = fid.Inception().eval()
-    net.load_state_dict(torch.load(place / 'weights.pth'))
-    a, b = (net(torch.from_numpy(np.load(place / f'{name}.npz')['arr_0'])) for name in 'ab')
-    mu_a, mu_b = (x.double().numpy().mean(0) for x in (a, b))
-    cov_a, cov_b = (np.cov(x.double().numpy(), rowvar=False) for x in (a, b))
-    distance = fid.frechet_distance(mu_a, cov_a, mu_b, cov_b)
-    pr, pr4 = fid.precision_recall(a, b), fid.precision_recall(a[:4], b[:4])
+def expected(place, net):
+    """What every form of a against b must give, by the oracles."""
+    a, b = (net(np.load(place / f'{name}.npz')['arr_0']).double().numpy() for name in 'ab')
+    # The roots of the eigenvalues of S1 S2 are the singular values of A B^T, where A^T A = S1 and B^T B = S2
+    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum()
+    distance -= 2 * np.linalg.norm(A @ B.T, 'nuc')
+    pr, pr4 = brute_force(a, b, 3), brute_force(a[:4], b[:4], 3)
     assert distance > 1e-3 and 0 < pr[1] < 1 and pr4 != pr and pr4 != (0, 0)
-    return dict(fid=distance, pr=pr, pr4=pr4, mu=mu_b, sigma=cov_b)
+    return dict(fid=distance, pr=pr, pr4=pr4, mu=b.mean(0), sigma=B.T @ B)
 
 
 def close(numbers, expected):
@@ -307,30 +445,32 @@ def close(numbers, expected):
 
 @pytest.mark.parametrize('form', ['a', 'a.zip', 'a.npz', 'a-small.npz', 'dataset-a'])
 def test_every_form_of_a_set_has_the_same_pixels(form, place):
-    images = fid.open_images(str(place / form))
-    pixels = torch.from_numpy(np.load(place / 'a.npz')['arr_0'])
-    assert (images.count, images.size) == (5, 32)
-    for indices in (range(5), range(1, 5, 2), range(2), range(4, 5)):       # also backwards, as a second pass
-        assert torch.equal(images.batch(indices), pixels[list(indices)])
+    image, count = fid.open_images(str(place / form))
+    pixels = np.load(place / 'a.npz')['arr_0']
+    assert count == 5
+    for i in (0, 1, 2, 3, 4, 3, 0):     # also backwards, as a second pass
+        assert image(i).dtype == np.uint8 and np.array_equal(image(i), pixels[i])
 
 
 def test_a_dataset_and_a_zip_give_the_numbers_of_their_pixels(cli, expected):
     numbers, out, message = cli('--samples=dataset-a', '--ref=b.zip')
     assert message == '' and close(numbers, expected)
     assert (numbers['samples'], numbers['ref'], numbers['size'], numbers['pr_ref']) == ('dataset-a', 'b.zip', 32, 7)
-    assert 'below 2,048' in out and 'not the published' in out and len(numbers['inception']) == 64
+    assert 'below 2,048' in out and len(numbers['inception']) == 64
+    assert set(numbers) == {'samples', 'ref', 'n_ref', 'ref_size', 'inception', 'fid', 'n_samples', 'size', 'precision',
+                            'recall', 'k', 'pr_samples', 'pr_ref'} and numbers['ref_size'] == 32
 
 
 def test_statistics_are_kept_and_compared(cli, expected, place):
     numbers, out, message = cli('--ref=b', '--save_stats=b-stats.npz')
     assert message == '' and numbers['n_ref'] == 7 and 'fid' not in numbers
     with np.load(place / 'b-stats.npz') as f:
-        np.testing.assert_allclose(f['mu'], expected['mu'], rtol=1e-4)
+        np.testing.assert_allclose(f['mu'], expected['mu'], rtol=1e-4, atol=1e-7 * expected['mu'].max())
         np.testing.assert_allclose(f['sigma'], expected['sigma'], rtol=1e-2, atol=1e-5 * expected['sigma'].max())
         assert (f['count'], f['size'], f['source']) == (7, 32, 'b')
     numbers, out, message = cli('--samples=a', '--ref=b-stats.npz')
     assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4) and numbers['n_ref'] == 7
-    assert 'precision' not in numbers and 'no precision and recall' in out
+    assert 'precision' not in numbers and len(numbers['inception']) == 64
 
 
 def test_adms_statistics_bring_images_for_precision_and_recall(cli, expected, place):
@@ -341,103 +481,98 @@ def test_adms_statistics_bring_images_for_precision_and_recall(cli, expected, pl
     assert (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr4']) and numbers['pr_samples'] == 4
 
 
-@pytest.mark.parametrize('world, keep', [(2, 4), (3, 7), (3, 1), (9, 5)])
-def test_the_shares_of_processes_join_in_the_order_of_images(world, keep, monkeypatch):
-    images = SimpleNamespace(path='', count=7, batch=lambda indices: torch.tensor(list(indices)))
-
-    def net(x):
-        return x[:, None].expand(-1, 2048).float()
-    shares = []
-
-    def send(parts, mine):
-        shares.append(mine)
-        raise InterruptedError
-
-    def receive(parts, mine):
-        parts[:] = shares
-    monkeypatch.setattr(fid.dist, 'all_gather_object', send)
-    for rank in range(world):
-        with pytest.raises(InterruptedError):
-            fid.extract(net, images, 7, keep, 2, 'cpu', rank, world)
-    monkeypatch.setattr(fid.dist, 'all_gather_object', receive)
-    total, features = fid.extract(net, images, 7, keep, 2, 'cpu', 0, world)
-    assert features[:, 0].tolist() == list(range(keep)) and total.n == 7
-    assert torch.allclose(total.mean, torch.tensor(3.0).double())
-    assert torch.allclose(total.covariance(), torch.tensor(28 / 6).double())
-
-
-def test_two_processes_equal_one(place, expected):
+def test_two_processes_equal_one(place, expected, monkeypatch):
     with socket.socket() as s:
-        s.bind(('', 0))
+        s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}',
-               os.path.join(ROOT, 'fid.py'), '--samples=a', '--ref=b.npz', '--inception=weights.pth', '--device=cpu',
-               '--batch_size=2', '--pr_samples=4']
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout.splitlines()[-1])
-    assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-6)
+    args = ['--samples=a', '--ref=b.npz', '--inception=weights.pth', '--device=cpu', '--batch_size=2', '--pr_samples=4']
+    monkeypatch.chdir(place)
+    processes = [started(args, f'printed{rank}', 'fid.py', WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank),
+                         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    printed = [(place / f'printed{rank}').read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0] and '{' not in printed[1], printed
+    numbers = json.loads(printed[0].splitlines()[-1])
+    assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4)
     assert (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr4'])      # of the first 4, in order
     assert (numbers['n_samples'], numbers['n_ref'], numbers['pr_samples'], numbers['pr_ref']) == (5, 7, 4, 4)
 
 
-def test_sizes_and_grey_images(cli, place):
+def test_folders_are_cropped_to_size_and_greys_are_rgb(place, monkeypatch):
     os.makedirs(place / 'mixed')
-    grey = pictures(4, 64, 5)[..., 0]
-    for i, image in enumerate(grey):
-        Image.fromarray(image[:64 - 8 * i]).save(place / 'mixed' / f'{i}.png')
-    from data import ImageFiles, center_crop
-    files = ImageFiles(str(place / 'mixed'))
-    np.savez(place / 'cropped.npz', arr_0=np.stack([center_crop(files.read(i), 32) for i in range(4)])[..., :1])
-    assert 'differ in size' in cli('--samples=mixed', '--ref=b.npz')[2]
-    numbers, out, message = cli('--samples=mixed', '--ref=cropped.npz', '--size=32')
-    assert numbers['fid'] < 1e-6 and numbers['size'] == 32 and numbers['recall'] == 1
+    for i, grey in enumerate(pictures(4, 64, 5)[..., 0]):
+        Image.fromarray(grey[:64 - 8 * i]).save(place / 'mixed' / f'{i}.png')
+    cropped = np.stack([center_crop(ImageFiles(str(place / 'mixed')).read(i), 32) for i in range(4)])
+    np.savez(place / 'cropped.npz', arr_0=cropped[..., :1])
+    seen = []
+    monkeypatch.setattr(fid, 'inception_features', lambda weights, images: seen.append(images) or torch.zeros(4, 2048))
+    for path, size in (('mixed', 32), ('cropped.npz', 0)):
+        image, count = fid.open_images(str(place / path), size)
+        assert fid.extract({}, image, count, 0, 4, 'cpu')[0]['size'] == 32 and np.array_equal(seen.pop(), cropped)
+    image, count = fid.open_images(str(place / 'mixed'))
+    assert [image(i).shape for i in range(count)] == [(64, 64, 3), (56, 64, 3), (48, 64, 3), (40, 64, 3)]
+
+
+def test_only_folders_and_zips_are_resized(cli, place):
+    numbers, out, message = cli('--samples=a', '--ref=b.zip', '--size=16', '--pr_samples=0')
+    assert (numbers['size'], numbers['ref_size']) == (16, 16) and 'pr_ref' not in numbers
+    image, count = fid.open_images(str(place / 'a.npz'), 16)
+    assert image(0).shape == (32, 32, 3)
 
 
 def test_bad_input_is_one_sentence(cli, place, monkeypatch):
     os.makedirs(place / 'empty')
-    os.makedirs(place / 'single')
-    Image.fromarray(pictures(1, 32)[0]).save(place / 'single' / '0.png')
-    prepare(place / 'latents', np.zeros((4, 8, 8, 8), np.uint8), 0)
-    os.rename(place / 'latents' / 'images.npy', place / 'latents' / 'latents.npy')
+    os.makedirs(place / 'damaged')
+    for i in range(3):
+        Image.fromarray(pictures(1, 32)[0]).save(place / 'damaged' / f'{i}.png')
+    (place / 'damaged' / '1.png').write_bytes((place / 'damaged' / '0.png').read_bytes()[:900])
+    os.makedirs(place / 'sizes')
+    for i in range(3):
+        Image.fromarray(pictures(1, 32)[0][i:]).save(place / 'sizes' / f'{i}.png')
+    prepare(place / 'latents', np.zeros((4, 8, 8, 8), np.uint8), 0, name='latents')
     np.savez(place / 'four.npz', arr_0=np.zeros((5, 8, 8, 4), np.uint8))
+    np.savez(place / 'flat.npz', arr_0=np.zeros((5, 8, 8), np.uint8))
     np.savez(place / 'float.npz', arr_0=np.zeros((5, 8, 8, 3)))
     np.savez(place / 'pickled.npz', arr_0=np.array([dict(), dict()], dtype=object))
-    np.savez(place / 'pickled-stats.npz', mu=np.array([dict()], dtype=object), sigma=np.zeros(3))
+    sigma = np.zeros((2048, 2048), np.uint8)
+    np.savez(place / 'pickled-stats.npz', mu=np.array([dict()], dtype=object), sigma=sigma)
     np.savez(place / 'keyless.npz', images=np.zeros((5, 8, 8, 3), np.uint8))
+    np.savez(place / 'sigmaless.npz', mu=np.zeros(2048))
     np.savez(place / 'tiny-stats.npz', mu=np.zeros(64), sigma=np.eye(64))
     (place / 'cut.npz').write_bytes((place / 'a.npz').read_bytes()[:9000])
     (place / 'cut.zip').write_bytes((place / 'a.zip').read_bytes()[:900])
     (place / 'cut.pth').write_bytes((place / 'weights.pth').read_bytes()[:10 ** 6])
     torch.save({'fc.weight': torch.zeros(1)}, place / 'other.pth')
-    np.savez(place / 'other-stats.npz', mu=np.zeros(2048), sigma=np.eye(2048), inception='published')
+    np.savez(place / 'other-stats.npz', mu=np.zeros(2048), sigma=sigma, inception='published')
     monkeypatch.setenv('TORCH_HOME', str(place / 'nowhere'))
     monkeypatch.setattr(torch.hub, 'urlopen', lambda *a, **k: (_ for _ in ()).throw(OSError('no network')))
     for args, words in (
-            (('--samples=a',), '--ref=B'),
+            (('--samples=a',), 'give --ref=B'),
             (('--ref=b',), '--samples=A'),
-            (('--samples=nothing', '--ref=b'), "no 'nothing'"),
-            (('--samples=a', '--ref=nothing.npz'), "no 'nothing.npz'"),
-            (('--samples=a', '--ref=empty'), 'no images'),
-            (('--samples=single', '--ref=b'), 'one image'),
-            (('--samples=a', '--ref=latents'), 'latents'),
-            (('--samples=four.npz', '--ref=b'), '4 channels'),
-            (('--samples=float.npz', '--ref=b'), 'float64'),
-            (('--samples=pickled.npz', '--ref=b'), 'object'),
+            (('--samples=nothing', '--ref=b'), "'nothing' is neither"),
+            (('--samples=a', '--ref=nothing.npz'), "'nothing.npz' cannot be read"),
+            (('--samples=a', '--ref=empty'), "no images in 'empty'"),
+            (('--samples=a', '--ref=latents'), "'latents' is a dataset of latents"),
+            (('--samples=float.npz', '--ref=b'), "'float.npz' has images of float64"),
+            (('--samples=pickled.npz', '--ref=b'), "'pickled.npz' cannot be read"),
             (('--samples=a', '--ref=pickled-stats.npz'), 'allow_pickle=False'),
             (('--samples=keyless.npz', '--ref=b'), 'arr_0'),
             (('--samples=a', '--ref=keyless.npz'), 'arr_0'),
+            (('--samples=a', '--ref=sigmaless.npz'), "'sigmaless.npz' cannot be read"),
             (('--samples=a', '--ref=tiny-stats.npz'), '2048'),
-            (('--samples=cut.npz', '--ref=b'), 'damaged'),
-            (('--samples=cut.zip', '--ref=b'), 'cut.zip'),
-            (('--samples=a.npz', '--ref=b', '--size=16'), 'only folders'),
-            (('--samples=a', '--ref=b', '--size=-1'), 'size'),
-            (('--samples=a', '--ref=b', '--batch_size=0'), 'batch_size'),
-            (('--ref=b', '--save_stats=x.pt'), '.npz'),
-            (('--ref=other-stats.npz', '--save_stats=x.npz'), 'statistics already'),
+            (('--samples=cut.npz', '--ref=b'), "'cut.npz' cannot be read"),
+            (('--samples=cut.zip', '--ref=b'), "'cut.zip'"),
+            (('--samples=a', '--ref=sizes'), 'differ in size'),
+            (('--samples=a', '--ref=four.npz'), 'neither grey nor RGB'),
+            (('--samples=a', '--ref=flat.npz'), 'neither grey nor RGB'),
+            (('--samples=a', '--ref=damaged'), '1.png: '),
             (('--samples=a', '--ref=other-stats.npz'), 'other Inception weights')):
         message = cli(*args)[2]
-        assert words in message and '\n' not in message, (args, message)
-    for weights, words in (('cut.pth', 'damaged'), ('other.pth', 'state_dict'), ('none.pth', 'No such'), ('', fid.URL)):
+        assert words in message and '\n' not in message and message.startswith('fid.py: '), (args, message)
+    for weights, words in (('cut.pth', 'RuntimeError'), ('other.pth', 'Conv2d_1a_3x3'), ('none.pth', 'No such'),
+                           ('', 'no network')):
         message = cli('--samples=a', '--ref=b', weights=weights)[2]
-        assert words in message and '\n' not in message and message.startswith('fid.py: '), (weights, message)
+        assert message.startswith(f'fid.py: cannot load the Inception weights {weights!r}: put {fid.URL} in a file')
+        assert words in message and '\n' not in message, (weights, message)

@@ -1,14 +1,15 @@
 """
-LapFlow and the two baselines, Pyramidal Flow and EdifyImage: their training states against the paper's algorithms as
+LapFlow and tests/baselines.py, Pyramidal Flow and EdifyImage: their training states against the paper's algorithms as
 printed, and their samplers against those states: exactly for known data, and in mean and covariance for Gaussian data.
 """
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, stage_times,
-                   states_and_targets, up)
-from sample import generate
+import baselines
+import model as lapflow
+import sample
+from model import LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, up
 from test_model import small
 
 FLOWS = ('lapflow', 'pyramidal', 'edify')
@@ -17,13 +18,28 @@ down_by = lambda x, n: F.avg_pool2d(x, n)
 
 
 def config_of(flow, T, size=16, channels=2, **changes):
-    return LapFlowConfig(size=size, channels=channels, patch=1, width=8, depth=1, heads=1, T=T, flow=flow, **changes)
+    settings = dict(size=size, channels=channels, patch=1, width=8, depth=1, heads=1, T=T) | changes
+    return LapFlowConfig(**settings) if flow == 'lapflow' else baselines.FlowConfig(**settings, flow=flow)
+
+
+def functions(config):
+    """The module with `states_and_targets`, `stage_times` and `hand_over` of a config's flow."""
+    return baselines if isinstance(config, baselines.FlowConfig) else lapflow
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    """sample.py's `generate` with the hand-over of the network's flow, as tests/baselines.py puts it in place."""
+    def generate(network, *args, **options):
+        monkeypatch.setattr(sample, 'hand_over', functions(network.config).hand_over)
+        return sample.generate(network, *args, **options)
+    return generate
 
 
 def one_stage(x1, x0, t, s, config):
     """States and targets of the scales that stage s trains, for images that are all in stage s."""
     counts = [len(x1) if k >= s else 0 for k in range(config.K)]
-    states, targets = states_and_targets(x1, x0, t, counts, config)
+    states, targets = functions(config).states_and_targets(x1, x0, t, counts, config)
     return [x for x in states if len(x)], [u for u in targets if len(u)]
 
 
@@ -66,7 +82,8 @@ def test_edify_states_are_equation_14_and_their_derivative(k):
 def test_stage_times_of_the_baselines():
     stage, uniform = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0.0, 1.0] * 3)
     for flow, expected in (('edify', [0.67, 1, 0.33, 1, 0, 1]), ('pyramidal', [0.67, 1, 0.33, 0.67, 0, 0.33])):
-        torch.testing.assert_close(stage_times(stage, uniform, config_of(flow, (0.67, 0.33))), torch.tensor(expected))
+        times = baselines.stage_times(stage, uniform, config_of(flow, (0.67, 0.33)))
+        torch.testing.assert_close(times, torch.tensor(expected))
 
 
 class Guide:
@@ -83,7 +100,7 @@ class Guide:
 
 @pytest.mark.parametrize('flow', FLOWS)
 @pytest.mark.parametrize('K', (1, 2, 3, 4))
-def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, K):
+def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, K, generate):
     """
     With the same noise in training and sampling the sampler walks through the training states, hand-overs included.
     """
@@ -141,7 +158,7 @@ def gaussian_images(config):
 
 @pytest.mark.parametrize('flow', FLOWS)
 @pytest.mark.parametrize('T', ((0.5,), (0.6, 0.3)))
-def test_samples_and_every_handover_have_the_training_covariance(flow, T):
+def test_samples_and_every_handover_have_the_training_covariance(flow, T, generate):
     """The sampler is linear in its noise here: unit vectors of noise show the exact covariance of what it draws."""
     config = config_of(flow, T, size=8, channels=1, mask='none')
     gaussian, unit, covariance = gaussian_images(config)
@@ -157,7 +174,7 @@ def test_samples_and_every_handover_have_the_training_covariance(flow, T):
 
 
 @pytest.mark.parametrize('T, correlation', ((0.1, 0.7718), (0.5, 0.7927)))
-def test_what_the_causal_mask_costs_a_perfect_network(T, correlation):
+def test_what_the_causal_mask_costs_a_perfect_network(T, correlation, generate):
     """
     README's Departures: the coarse scale's law is exact and the joint one is not; the earlier the fine scale starts,
     the further off it is. Pixels 1 and 2 are neighbours in different 2x2 patches: their correlation should be 0.8.
@@ -186,20 +203,34 @@ def test_renoising_has_the_covariance_of_appendix_F2(k):
 
 @pytest.mark.parametrize('flow', ('pyramidal', 'edify'))
 def test_one_forward_of_packed_stages_equals_stage_by_stage(flow):
-    model = small(flow=flow, shared='qkv,proj,ffn,mod' if flow == 'pyramidal' else '')
+    """Every image passes through the network alone, at its own scale, with its own time and label."""
+    model = small(network=baselines.OneScale, config=baselines.FlowConfig, flow=flow,
+                  shared='qkv,proj,ffn,mod' if flow == 'pyramidal' else '')
     config, B = model.config, 6
     x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
-    stage, y = torch.tensor([0, 0, 0, 1, 1, 2]), torch.randint(6, (B,))
-    t = stage_times(stage, torch.rand(B, dtype=torch.float64), config)
-    x_t, u = states_and_targets(x1, x0, t, (3, 5, 6), config)
+    stage, y = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 4, 0, 3, 5, 2])
+    t = baselines.stage_times(stage, torch.rand(B, dtype=torch.float64), config)
+    x_t, u = baselines.states_and_targets(x1, x0, t, (3, 5, 6), config)
     assert [len(x) for x in x_t] == [3, 2, 1]
     loss, _ = multiscale_loss(model(x_t, t, y), u, (1.0, 2.0, 3.0), B)
+    plain_network = small(**{name: getattr(config, name) for name in LapFlowConfig.__dataclass_fields__})
+    plain_network.load_state_dict(model.state_dict())
     expected = 0
     for i in range(B):
         s = int(stage[i])
         (state,), (target,) = one_stage(x1[i:i + 1], x0[i:i + 1], t[i:i + 1], s, config)
-        output = model([state if k == s else None for k in range(3)], t[i:i + 1], y[i:i + 1])[s]
+        output = plain_network([state if k == s else None for k in range(3)], t[i:i + 1], y[i:i + 1])[s]
         expected += (1, 2, 3)[s] * ((output - target) ** 2).mean() / B
     torch.testing.assert_close(loss, expected)
-    for ours, plain in zip(*(torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))):
+    for ours, plain in zip(*(torch.autograd.grad(value, list(network.parameters()))
+                             for value, network in ((loss, model), (expected, plain_network)))):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
+    for v, v_null in zip(model(x_t, t), model(x_t, t, torch.full_like(y, config.n_classes))):
+        assert torch.equal(v, v_null)
+
+
+@pytest.mark.parametrize('changes, word', ((dict(flow='pyramidal', path='gvp'), 'straight'), (dict(flow='x'), 'edify'),
+                                           (dict(flow='edify', T=(0.3, 0.6)), 'decrease')))
+def test_impossible_settings_of_a_baseline_are_refused_by_name(changes, word):
+    with pytest.raises(ValueError, match=word):
+        baselines.FlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 
 import model as lapflow
 from bench import attention_cost, trajectory_average
-from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, path, reconstruct,
-                   stage_times, states_and_targets, velocity)
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, packed_stages, path,
+                   reconstruct, stage_times, states_and_targets, velocity)
 
 PATHS = ('linear', 'gvp', 'quadratic', 'cubic')
 
 
-def small(double=True, **changes):
+def small(double=True, network=LapFlow, config=LapFlowConfig, **changes):
     """A small model whose every weight is random, zero-initialised ones too: otherwise most of it would be silent."""
-    config = dict(size=16, channels=3, patch=2, width=16, depth=2, heads=2, T=(0.6, 0.25), n_classes=5) | changes
-    model = LapFlow(LapFlowConfig(**config))
+    settings = dict(size=16, channels=3, patch=2, width=16, depth=2, heads=2, T=(0.6, 0.25), n_classes=5) | changes
+    model = network(config(**settings))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double() if double else model
@@ -128,7 +128,7 @@ def dense_forward(model, x_t, t, y):
             continue
         n = x.shape[-1] // p
         pixels = torch.stack([x[:, i * p:i * p + p, j * p:j * p + p].flatten() for i in range(n) for j in range(n)])
-        tokens.append(model.patch_embed[k](pixels) + getattr(model, f'positions_{k}'))
+        tokens.append(model.patch_embed[k](pixels) + lapflow.position_table(n, k, D))
         scale += [k] * n * n
     context = [t_token] if y is None else [t_token, model.y_embed(y)[None]]
     z, scale = torch.cat(tokens + context), torch.tensor(scale + [max(scale)] * len(context))
@@ -258,7 +258,7 @@ def test_packed_stages_equal_algorithm_1_image_by_image(mask, weights):
     stage, y = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.randint(6, (B,))
     t = stage_times(stage, torch.rand(B, dtype=torch.float64), config)
     x_t, u = states_and_targets(x1, x0, t, (3, 5, 7), config)
-    loss, _ = multiscale_loss(model(x_t, t, y), u, weights, B)
+    loss, errors = multiscale_loss(model(x_t, t, y), u, weights, B)
     packed = torch.autograd.grad(loss, list(model.parameters()))
 
     expected, T = 0, (1.0, *config.T, 0.0)
@@ -270,10 +270,23 @@ def test_packed_stages_equal_algorithm_1_image_by_image(mask, weights):
             inputs[k] = alpha * data[k] + sigma * noise[k]                              # Eq. (3)
             targets[k] = data[k] / (1 - T[k + 1]) - noise[k]                            # Eq. (5)
         outputs = model(inputs, t[i:i + 1], y[i:i + 1])
-        expected += sum(weights[k] * ((outputs[k] - targets[k]) ** 2).mean() for k in range(s, 3)) / B
+        for k in range(s, 3):
+            error = ((outputs[k] - targets[k]) ** 2).mean()
+            torch.testing.assert_close(errors[k][i], error, rtol=1e-12, atol=0)
+            expected += weights[k] * error / B
+    assert [len(of_scale) for of_scale in errors] == [3, 5, 7]
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for ours, plain in zip(packed, torch.autograd.grad(expected, list(model.parameters()))):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
+
+
+def test_packed_batches_are_ordered_by_stage_with_as_many_images_in_each():
+    for B, K in ((1, 1), (7, 3), (12, 4), (5, 2), (256, 3)):
+        stage = packed_stages(B, K)
+        counts = [int((stage <= k).sum()) for k in range(K)]
+        assert stage.shape == (B,) and stage.tolist() == sorted(stage.tolist()) and counts[-1] == B
+        sizes = torch.bincount(stage, minlength=K)
+        assert len(sizes) == K and sizes.max() - sizes.min() <= 1
 
 
 @pytest.mark.parametrize('size, T, whole, attention', ((32, (0.5,), 0.7505, 0.69), (128, (0.67, 0.33), 0.535, 0.49)))
@@ -316,9 +329,8 @@ def test_parameters_of_L2(T, shared, millions):
 @pytest.mark.parametrize('changes, word', (
     (dict(T=(0.3, 0.6)), 'decrease'), (dict(T=(0.5, 0.5)), 'decrease'), (dict(T=(1.0,)), 'decrease'),
     (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
-    (dict(patch=0), 'patch'), (dict(width=18), 'width'), (dict(heads=3), 'heads'),
-    (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared'),
-    (dict(n_classes=-2), 'n_classes'), (dict(flow='pyramidal', path='gvp'), 'straight'), (dict(depth=0), 'depth')))
+    (dict(width=18), 'width'), (dict(heads=3), 'heads'),
+    (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared')))
 def test_impossible_settings_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         LapFlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)

@@ -1,6 +1,5 @@
-"""What README says of the code is so: the map from the paper to functions and tests, and every file it names."""
+"""What the documents say of the code is so: the map from the paper, links and files, commands, examples and changes."""
 import ast
-import json
 import os
 import re
 import runpy
@@ -14,10 +13,19 @@ import torch
 
 from conftest import ROOT, TINY
 from model import up
+from test_configurator import script_defaults
 from test_model import small
 
-with open(os.path.join(ROOT, 'README.md')) as f:
-    README = f.read()
+DOCUMENTS = ('README.md', 'config/README.md', 'tests/README.md')
+TEXT = {}
+for name in DOCUMENTS:
+    with open(os.path.join(ROOT, name)) as f:
+        TEXT[name] = f.read()
+README, CONFIG = TEXT['README.md'], TEXT['config/README.md']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The map
 
 
 def source_of(file, name):
@@ -48,32 +56,87 @@ def test_the_map_leads_to_functions_that_name_their_equations(paper, code, tests
     assert sources and tags
     for tag in tags:
         assert any(tag in source for source in sources), f'no function of {code} carries {tag!r}'
-    named = re.findall(r'`(test_\w+)`', tests)
-    assert named and set(named) <= TESTS
+    assert re.findall(r'`(test_\w+)`', tests)
 
 
 def test_every_equation_tag_in_the_code_is_in_the_map():
     tagged = set()
-    for file in ('model.py', 'train.py', 'sample.py'):
+    for file in ('model.py', 'train.py', 'sample.py', 'tests/baselines.py'):
         with open(os.path.join(ROOT, file)) as f:
             tagged |= set(re.findall(r'Eq\. \(\w+\)|Alg\. \d', f.read()))
     assert tagged <= set(re.findall(r'Eq\. \(\w+\)|Alg\. \d', README))
 
 
-def test_the_files_that_readme_names_exist():
-    for name in re.findall(r'\]\(([\w./-]+)\)', README) + re.findall(r'(?:config|tests|assets)/[\w-]+\.\w+', README):
+# ----------------------------------------------------------------------------------------------------------------------
+# Links, names, commands
+
+
+def anchors(document):
+    """The anchors that GitHub gives to a document's headings."""
+    headings = re.findall(r'^#+ (.*)', TEXT[document], re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).strip().replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_exist(document):
+    folder = os.path.dirname(document)
+    links = [link for link in re.findall(r'\]\(([^)]+)\)', TEXT[document]) if not link.startswith('https://')]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition('#')
+        target = os.path.normpath(os.path.join(folder, path)) if path else document
+        assert os.path.exists(os.path.join(ROOT, target)), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_files_tests_and_functions_that_a_document_names_exist(document):
+    for name in re.findall(r'(?:config|tests|assets)/[\w-]+\.\w+', TEXT[document]):
         assert os.path.exists(os.path.join(ROOT, name)), name
-    headings = {re.sub(r'[^a-z0-9 -]', '', line.lower()).strip().replace(' ', '-')
-                for line in re.findall(r'^#+ (.*)', README, re.M)}
-    assert set(re.findall(r'\]\(#([\w-]+)\)', README)) <= headings
+    assert set(re.findall(r'`(test_\w+)`', TEXT[document])) <= TESTS
 
 
-def blocks(language):
-    return re.findall(rf'```{language}\n(.*?)```', README, re.S)
+def commands():
+    """(document, script, its arguments) of every command in the documents."""
+    found = []
+    for document in DOCUMENTS:
+        code = '\n'.join(re.findall(r'```sh\n(.*?)```', TEXT[document], re.S) + re.findall(r'`([^`\n]+)`', TEXT[document]))
+        code = code.replace('\\\n', ' ').replace('$C', 'python tests/compare.py')
+        for line in re.split(r'\n|&&', code):
+            words = re.sub(r'\s#.*', '', line).split()
+            scripts = [i for i, word in enumerate(words) if word.endswith('.py') and 'config/' not in word]
+            if scripts and scripts[-1] + 1 < len(words):
+                found.append((document, words[scripts[-1]], tuple(words[scripts[-1] + 1:])))
+    assert len(found) > 20
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize('document, script, args', commands())
+def test_commands_use_settings_and_configs_that_exist(document, script, args):
+    flags = {re.match(r'"?--(\w+)', word)[1] for word in args if word.strip('"').startswith('--')}
+    assert not flags or flags <= set(script_defaults(script))
+    assert all(os.path.isfile(os.path.join(ROOT, word)) for word in args if word.startswith('config/'))
+
+
+def test_the_test_command_of_the_documents_is_what_ci_runs():
+    with open(os.path.join(ROOT, '.ci', 'run')) as f:
+        pattern = re.search(r"grep -B1 -m1 -E '(.*)' README.md", f.read())[1]
+    lines = README.splitlines()
+    second = next(i for i, line in enumerate(lines) if re.search(pattern, line))
+    assert lines[second - 1].startswith('python3 -m venv .venv && ') and lines[second - 1].endswith('\\')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples and changes
+
+
+def blocks(text, language):
+    return re.findall(rf'```{language}\n(.*?)```', text, re.S)
 
 
 def run_block(code, trained, monkeypatch):
-    """Runs a block of Python in a folder that has what README speaks of; its variables."""
+    """Runs a block of Python in a folder that has what the documents speak of; its variables."""
     if not os.path.exists(trained.parent / 'out-digits'):
         shutil.copytree(trained, trained.parent / 'out-digits')
     monkeypatch.chdir(trained.parent)
@@ -83,7 +146,7 @@ def run_block(code, trained, monkeypatch):
 
 
 def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, monkeypatch):
-    variables, frames = run_block(blocks('python')[0], trained, monkeypatch), []
+    variables, frames = run_block(blocks(README, 'python')[0], trained, monkeypatch), []
     x, _ = variables['generate'](variables['model'], variables['noise'], variables['y'], 'euler', 40, frames=frames)
     assert torch.equal(x, variables['x'])
     fine, coarse = (state.unflatten(0, (4, 10)) for state in frames[-1][1])
@@ -92,7 +155,7 @@ def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, monkeypatch):
 
 
 def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
-    variables = run_block(blocks('python')[1], trained, monkeypatch)
+    variables = run_block(blocks(CONFIG, 'python')[0], trained, monkeypatch)
     pooled = torch.nn.functional.avg_pool2d(variables['image'], 2)
     # All but the model's own mean of the residual, zero in the data and near it in any model
     residual = variables['x'] - torch.nn.functional.interpolate(pooled, scale_factor=2)
@@ -100,12 +163,12 @@ def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
     assert drift.abs().mean() < 0.2 * residual.abs().mean()
 
 
-def copy_changed(number, folder):
-    """The scripts in a folder, with one of README's diffs applied."""
+def copy_changed(change, folder):
+    """The scripts in a folder, with one of the documents' diffs applied."""
     for file in ('model.py', 'train.py', 'sample.py', 'data.py', 'configurator.py'):
         shutil.copy(os.path.join(ROOT, file), folder)
     shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
-    for line in blocks('diff')[number].splitlines():
+    for line in change.splitlines():
         mark, line = line[0], line[1:]
         if line.startswith('-- '):
             file = folder / line[3:]
@@ -119,7 +182,7 @@ def copy_changed(number, folder):
 
 def test_fine_tokens_are_shown_the_image(tmp_path):
     """The changed model does with the states what the model does with the images that they add up to."""
-    copy_changed(0, tmp_path)
+    copy_changed(blocks(README, 'diff')[0], tmp_path)
     changed = runpy.run_path(str(tmp_path / 'model.py'))
     plain = small()
     other = changed['LapFlow'](changed['LapFlowConfig'](**vars(plain.config))).double()
@@ -135,13 +198,17 @@ def test_fine_tokens_are_shown_the_image(tmp_path):
         torch.testing.assert_close(other(x_t, t[:4], y[:4])[k:], expected[k:])
 
 
-@pytest.mark.parametrize('number, settings', ((0, []), (1, ['--path=quartic']), (2, ['--dataset=vectors'])))
-def test_the_changes_that_readme_suggests_train_and_sample(number, settings, trained, tmp_path):
-    copy_changed(number, tmp_path)
+CHANGES = {'image tokens': (blocks(README, 'diff')[0], []),
+           'quartic': (blocks(README, 'diff')[1], ['--path=quartic']),
+           'attributes': (blocks(CONFIG, 'diff')[0], ['--dataset=vectors'])}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_the_changes_that_the_documents_suggest_train_and_sample(name, trained, tmp_path):
+    change, settings = CHANGES[name]
+    copy_changed(change, tmp_path)
     shutil.copytree(trained.parent / 'data', tmp_path / 'data')
     vectors = shutil.copytree(tmp_path / 'data' / 'digits', tmp_path / 'data' / 'vectors')
     np.save(vectors / 'labels.npy', np.eye(10, dtype=np.float32)[np.load(vectors / 'labels.npy')])
-    meta = json.loads((vectors / 'meta.json').read_text())
-    (vectors / 'meta.json').write_text(json.dumps(meta | dict(checksums={})))
     for command in (['train.py', *TINY, *settings], ['sample.py', '--ckpt', 'out-digits/ckpt.pt', '--num_samples=12']):
         subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)

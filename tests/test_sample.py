@@ -18,8 +18,7 @@ class Oracle:
 
     def __init__(self, velocity, T, kind='linear', n_classes=0):
         self.velocity, self.calls = velocity, []
-        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, path=kind, n_classes=n_classes,
-                                      flow='lapflow')
+        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, path=kind, n_classes=n_classes)
 
     def __call__(self, x_t, t, y=None):
         self.calls.append(([k for k, x in enumerate(x_t) if x is not None], t, y))
@@ -123,6 +122,14 @@ def test_steps_are_shared_in_proportion_to_the_segments(method, calls):
     _, nfe = generate(oracle, torch.randn(1, 1, 8, 8), method=method, steps=100)
     counts = [sum(len(scales) == n for scales, _, _ in oracle.calls) for n in (1, 2, 3)]
     assert nfe == 100 * calls and counts == [33 * calls, 34 * calls, 33 * calls]
+
+
+def test_every_segment_has_a_step():
+    """With fewer steps than segments, and for a segment of less than half a step."""
+    for T, steps, expected in (((0.67, 0.33), 1, 3), ((0.9,), 4, 5)):
+        oracle = Oracle(lambda k, x, t: -x, T)
+        assert generate(oracle, torch.randn(1, 1, 8, 8), method='euler', steps=steps)[1] == expected
+        assert len({tuple(scales) for scales, _, _ in oracle.calls}) == len(T) + 1
 
 
 def test_solvers_solve_the_same_ode():

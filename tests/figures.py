@@ -1,0 +1,275 @@
+"""Makes every figure of the documents in assets/, from the project's own functions.
+
+    python tests/figures.py --ckpt out-digits/ckpt.pt
+    python tests/figures.py --only=packed,attention
+
+pyramid.png     a digit, its Laplacian pyramid, and the sum that `reconstruct` makes of it
+timeline.png    when every scale starts (`path`), and at which times each stage trains (`stage_times`)
+attention.png   which token moves which, found by perturbing each, and the calls that `global_attention` makes
+packed.png      a packed batch (`packed_stages`) beside a padded one
+trajectory.png  a digit through time, as sample.py --trajectory=True draws it
+digits.png      100 guided digits, as in samples.png
+details.png     README's "Ten details for one composition", and where the details differ
+distance.png    Frechet distance against training, from results.json
+solvers.png     Frechet distance against evaluations, from results.json
+
+The same checkpoint gives the same pictures on the same machine."""
+import io
+import json
+import math
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from configurator import check, configure  # noqa: E402
+from data import Dataset  # noqa: E402
+from model import (LapFlowConfig, global_attention, laplacian_pyramid, packed_stages, path, reconstruct,  # noqa: E402
+                   stage_times)
+from sample import (draw, generate, load_checkpoint, load_model, noise_of, sampling_defaults, save_grid,  # noqa: E402
+                    save_trajectory)
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = json.loads((ROOT / 'tests/results.json').read_text())
+WIDTH = 8.5                                     # inches, of 150 pixels: README shows about 100 of them to the inch
+COLOURS = ('#3572b8', '#3f9a54', '#e0872b')     # of the scales, finest first
+GREY, PALE, DARK, RED, VIOLET, TEAL = '#8a8f98', '#eef0f3', '#222222', '#c0392b', '#7b3fa0', '#1899a0'
+LABEL = dict(ha='center', va='center', bbox=dict(facecolor='white', edgecolor='none', pad=3))
+plt.rcParams.update({'font.size': 11, 'axes.titlesize': 11, 'axes.spines.top': False, 'axes.spines.right': False,
+                     'text.color': DARK, 'axes.edgecolor': DARK, 'hatch.linewidth': 0.8, 'legend.frameon': False,
+                     'lines.linewidth': 2, 'lines.markersize': 7, 'figure.constrained_layout.use': True,
+                     'figure.constrained_layout.w_pad': 0.08, 'figure.constrained_layout.h_pad': 0.08})
+
+
+def save(figure, name):
+    """Writes a figure to assets/, with a palette of 255 colours if it has more."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    Image.open(buffer).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(f'{out}/{name}.png', optimize=True)
+
+
+def show(axes, image, title='', frame=DARK):
+    """An image (1, H, W) in [-1, 1], -1 black and 0 mid-grey, its pixels as squares, in a coloured frame."""
+    axes.imshow(image[0], cmap='gray', vmin=-1, vmax=1, interpolation='nearest')
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, color=frame)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=frame, linewidth=2.5)
+
+
+def pyramid():
+    x = Dataset('digits').batch(np.array([2]))[0]
+    scales = laplacian_pyramid(x, 3)
+    whole = reconstruct(scales)
+    figure, axes = plt.subplots(1, 5, figsize=(WIDTH, 2.1))
+    figure.get_layout_engine().set(wspace=0.06)
+    show(axes[0], x[0], 'picture $x$')
+    for k in range(3):
+        show(axes[3 - k], scales[k][0], rf'$x^{{({k})}}$: ${32 // 2 ** k} \times {32 // 2 ** k}$', COLOURS[k])
+    show(axes[4], whole[0], 'their sum')
+    error = (whole - x).abs().max()
+    notes = ('32 × 32', 'repeated 4 × 4', 'repeated 2 × 2', '0 is mid-grey', f'max. error {error:.0e}')
+    for panel, note, sign in zip(axes, notes, ('=', '+', '+', '=', '')):
+        panel.set_xlabel(note)
+        panel.text(1.11, 0.5, sign, transform=panel.transAxes, ha='center', va='center', fontsize=15)
+    save(figure, 'pyramid')
+
+
+def timeline():
+    config = LapFlowConfig(T=(0.67, 0.33))
+    K, starts = config.K, config.times[1:]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(WIDTH, 5.2), sharex=True, height_ratios=(3, 2))
+    for k, start in enumerate(starts):
+        t = torch.linspace(start, 1, 50)
+        alpha, _, sigma, _ = path(t, start)
+        above.plot(t, alpha, color=COLOURS[k], linewidth=2.5, label=rf'$\alpha$ of scale {k}')
+        above.plot(start, sigma[0], 'o', color=COLOURS[k], markersize=9)
+        above.text(start + 0.01, 1.1, f'scale {k} joins at $T_{k + 1}$ = {start:g}', color=COLOURS[k])
+        for axes in (above, below):
+            axes.axvline(start, color=COLOURS[k], linestyle=':', linewidth=1.5, zorder=0)
+    above.plot(t, sigma, '--', color=DARK, label=r'$\sigma$ of all', zorder=1)     # the coarsest scale's, from t = 0 on
+    above.set(ylabel='share of data, noise', ylim=(0, 1.2), yticks=(0, 0.5, 1))
+    above.legend(loc='center left', bbox_to_anchor=(0, 0.38))
+    first, last = (stage_times(torch.arange(K), uniform, config) for uniform in (torch.zeros(K), torch.ones(K)))
+    for s in range(K):
+        height = 0.7 / (K - s)
+        for k in range(s, K):
+            below.barh(s - 0.35 + height * (k - s + 0.5), last[s] - first[s], height, first[s], color=COLOURS[k])
+        below.text((first[s] + 1) / 2, s, f'scales: {", ".join(map(str, range(s, K)))}', **LABEL)
+    below.set(xlabel='t: 0 is noise, 1 is data', xlim=(0, 1), yticks=range(K), ylim=(K - 0.5, -0.5),
+              yticklabels=[f'stage {s}, t ~ U[{first[s]:g}, {last[s]:g}]' for s in range(K)])
+    below.set_xticks([*starts, 1], [f'{t:g}' for t in (*starts, 1)])
+    save(figure, 'timeline')
+
+
+def attention():
+    tokens = (16, 4, 1)
+    K, N = len(tokens), sum(tokens)
+    generator = torch.Generator().manual_seed(0)
+    qkv = {k: torch.randn(3, 1, 1, n, 8, generator=generator) for k, n in enumerate(tokens)}
+    outputs = lambda qkv: torch.cat(list(global_attention(qkv, 'causal').values()), dim=1)[0]    # (N, 8)
+    with mock.patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as calls:
+        before = outputs(qkv)
+    sizes = [(queries.shape[2], keys.shape[2]) for (queries, keys, _), _ in calls.call_args_list]
+    moved, owner = np.zeros((N, N), bool), np.repeat(np.arange(K), tokens)
+    for j, k in enumerate(owner):       # another key and value for token j
+        changed = {i: x.clone() for i, x in qkv.items()}
+        changed[k][1:, 0, 0, j - sum(tokens[:k])] += 1
+        moved[:, j] = (outputs(changed) != before).any(1)
+
+    def cells(axes, rows, columns, top):
+        """The queries `rows` against the keys `columns`: a square each, coloured if the key moves the query."""
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                colour = COLOURS[owner[column]] if moved[row, column] else PALE
+                axes.add_patch(plt.Rectangle((j, top + i), 0.88, 0.88, color=colour, linewidth=0))
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.75))
+    cells(left, range(N), range(N), 0)
+    top = 0
+    for k, (queries, keys) in enumerate(sizes):
+        middle = np.flatnonzero(owner == k).mean() + 0.44
+        left.text(middle, -0.8, f'{k}', color=COLOURS[k], ha='center', va='center', weight='bold')
+        left.text(-0.8, middle, f'{k}', color=COLOURS[k], ha='center', va='center', weight='bold')
+        cells(right, np.flatnonzero(owner == k), range(N - keys, N), top)
+        x, y = (0, -0.8) if k == 0 else (keys + 0.6, top + queries / 2)
+        right.text(x, y, f'call {k + 1}: queries × keys = {queries} × {keys}', color=COLOURS[k], va='center')
+        top += queries + 1
+    left.text(N / 2, -2.3, 'perturbed token, by scale', ha='center', va='center')
+    left.text(-2.3, N / 2, 'moved token, by scale', ha='center', va='center', rotation=90)
+    left.text(0, 25, 'grey: not moved, bit for bit')
+    right.text(0, 25, f'together {sum(q * n for q, n in sizes)} of {N * N} pairs of tokens')
+    for axes in (left, right):
+        axes.set(xlim=(-2.8, N), ylim=(25.2, -2.8), aspect='equal')
+        axes.axis('off')
+    save(figure, 'attention')
+
+
+def packed():
+    B, tokens = 6, (64, 16, 4)
+    stage = packed_stages(B, len(tokens))
+    counts = [int((stage <= k).sum()) for k in range(len(tokens))]
+    used, padded = sum(B_k * n for B_k, n in zip(counts, tokens)), B * sum(tokens)
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
+    titles = (f'packed: {used} tokens computed, {1 - used / padded:.0%} fewer', f'padded: {padded} tokens')
+    for panel, title in zip(panels, titles):
+        top, middles = 0, []
+        for k, n in enumerate(tokens):
+            panel.bar(range(counts[k]), n, 0.92, top, color=COLOURS[k])
+            if panel is panels[1]:
+                panel.bar(range(counts[k], B), n, 0.92, top, color=PALE, edgecolor=GREY, hatch='////', linewidth=0)
+            middles.append(top + n / 2)
+            top += n + 4
+        panel.set(xlim=(-0.5, B - 0.5), ylim=(top, 0), xticks=range(B), xticklabels=stage.tolist(), yticks=[],
+                  xlabel='stage of each image', title=title)
+        panel.tick_params(length=0)
+        panel.spines[['left', 'bottom']].set_visible(False)
+    panels[0].set_yticks(middles, [f'scale {k}: {n} tokens' for k, n in enumerate(tokens)])
+    for label, colour in zip(panels[0].get_yticklabels(), COLOURS):
+        label.set_color(colour)
+    panels[1].text(4, 32, 'computed,\nnever used', **LABEL)
+    save(figure, 'packed')
+
+
+def trajectory():
+    frames = []
+    draw(model, None, meta, 0, [0], nullcontext(), frames=frames, **solver)
+    save_trajectory(f'{out}/trajectory.png', frames, None, meta)
+
+
+def digits():
+    save_grid(f'{out}/digits.png', draw(model, None, meta, 0, range(100), nullcontext(), **solver)[0])
+
+
+def details():
+    rows, variants, shown, frames = 4, 10, 5, []
+    noise, y = noise_of(1, range(rows * variants), (1, 32, 32)), torch.arange(rows).repeat_interleave(variants)
+    fine, coarse = laplacian_pyramid(noise, 2)
+    noise = reconstruct([fine, coarse[::variants].repeat_interleave(variants, 0)])
+    x = generate(model, noise, y, 'euler', 40, frames=frames)[0].clamp(-1, 1)
+    deviation = 127.5 * x.unflatten(0, (rows, variants)).std(1)
+    most = 10 * math.ceil(deviation.max() / 10)
+    figure, axes = plt.subplots(rows, shown + 2, figsize=(WIDTH, 4.7))
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
+    for row, panels in enumerate(axes):
+        first = row * variants
+        show(panels[0], frames[-1][1][1][first], '' if row else 'coarse image', COLOURS[2])
+        for i in range(shown):
+            show(panels[1 + i], x[first + i], '' if row else f'variant {i + 1}')
+        heat = panels[-1].imshow(deviation[row, 0], plt.get_cmap('magma', most // 5), vmin=0, vmax=most)
+        panels[-1].set(xticks=[], yticks=[], title='' if row else 'deviation')
+    label = f'standard deviation over {variants} variants, grey levels'
+    figure.colorbar(heat, ax=axes, shrink=0.9, aspect=30, label=label)
+    save(figure, 'details')
+
+
+def finish(axes, xlabel, x_ticks, y_ticks, title):
+    """Labels, ticks and legend of a plot of Frechet distances over a logarithmic axis."""
+    axes.set(xscale='log', xlabel=xlabel, ylabel='Fréchet distance, lower is better')
+    axes.set_xticks(x_ticks, [f'{x:,}' for x in x_ticks])
+    axes.set_yticks(y_ticks, y_ticks)
+    axes.minorticks_off()
+    axes.grid(axis='y', color=PALE)
+    axes.legend(title=title, alignment='left')
+
+
+def distance():
+    styles = {'LapFlow': ('LapFlow, 2 scales', RED, 'o-'), 'LapFlow, 3 scales': ('LapFlow, 3 scales', RED, '^--'),
+              'LapFlow, fine tokens that see the image': ('LapFlow, tokens that see the image', VIOLET, 'o-'),
+              'LFM, single scale': ('LFM, single scale', DARK, 's-'),
+              'Pyramidal Flow, all shared': ('Pyramidal Flow', GREY, 'D-'), 'EdifyImage': ('EdifyImage', TEAL, 'v-')}
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.3))
+    for i, (system, (label, colour, style)) in enumerate(styles.items()):
+        rows = [row for row in RESULTS['Other budgets']['rows'] if row['system'] == system]
+        x = [row['iterations'] * 1.012 ** (i - 2.5) for row in rows]        # a little apart, for the bars to be seen
+        y = [row['frechet']['mean'] for row in rows]
+        axes.plot(x, y, style, color=colour, label=label)
+        axes.errorbar(x, y, [row['frechet']['sd'] or np.nan for row in rows], color=colour, fmt='none', capsize=4)
+    axes.set(yscale='log', ylim=(2, 250))
+    finish(axes, 'iterations of LapFlow with the same training FLOPs', (1000, 2000, 6000), (2, 5, 10, 20, 50, 100, 200),
+           'bars: deviation of three seeds; without: seed 0')
+    save(figure, 'distance')
+
+
+def solvers():
+    styles = {'euler': (DARK, 'o-'), 'midpoint': (RED, 's-'), 'heun2': (VIOLET, 'D-'), 'rk4': ('#b08a1e', '^-'),
+              'explicit_adams': (TEAL, 'v-'), 'dopri5': (GREY, 'P-')}
+    figure, axes = plt.subplots(figsize=(WIDTH, 4))
+    for method, (colour, style) in styles.items():
+        rows = [row for row in RESULTS['Quality against evaluations']['rows'] if row['solver'] == method]
+        axes.plot([row['nfe'] for row in rows], [row['frechet'] for row in rows], style, color=colour, label=method)
+    axes.text(10.7, 25.6, 'midpoint, 5 steps', color=RED)
+    axes.text(221, 30, 'dopri5 at 1e-5', color=GREY, ha='center')
+    axes.set(xlim=(4.3, 330), ylim=(24, 48))
+    finish(axes, 'evaluations of the model (NFE)', (5, 10, 20, 40, 80, 160, 320), (25, 30, 35, 40, 45),
+           'one network, 1,000 samples')
+    save(figure, 'solvers')
+
+
+if __name__ == '__main__':
+    ckpt = 'out-digits/ckpt.pt'
+    out = str(ROOT / 'assets')
+    only = ''               # names of figures, with commas; '' makes all
+    configure(globals())
+    figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
+                                                distance, solvers)}
+    names = only.split(',') if only else list(figures)
+    check(set(names) <= set(figures), f'only takes any of {",".join(figures)}, but it is {only!r}')
+    os.makedirs(out, exist_ok=True)
+    if {'trajectory', 'digits', 'details'} & set(names):
+        checkpoint = load_checkpoint(ckpt)
+        model, meta, solver = load_model(checkpoint, 'cpu'), checkpoint['data'], sampling_defaults(dict(ckpt=ckpt))
+    for name in names:
+        figures[name]()
+        print(f'{name}.png: {os.path.getsize(f"{out}/{name}.png") / 1000:.0f} kB')
