@@ -6,7 +6,6 @@ Settings are plain variables at the top of a script. Config files and the comman
 
 A config file is Python that assigns settings, and is run as such: use only files that you trust."""
 import ast
-import atexit
 import difflib
 import json
 import os
@@ -78,7 +77,8 @@ def configure(namespace, argv=None, inherit=None):
     if inherit:
         settings |= inherit(settings) | given
     if wants_help:
-        raise SystemExit('\n'.join(f'--{key}={value!r}' for key, value in settings.items()))
+        print('\n'.join(f'--{key}={value!r}' for key, value in settings.items()))
+        raise SystemExit
     namespace.update(settings)
     return settings
 
@@ -125,7 +125,6 @@ def launch(device):
         attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group('nccl' if 'cuda' in device else 'gloo', store=attempt, rank=rank, world_size=world,
                                 timeout=timedelta(hours=3))     # others wait while rank 0 evaluates
-        atexit.register(dist.destroy_process_group)
     return device, rank, max(world, 1)
 
 

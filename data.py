@@ -213,8 +213,8 @@ if __name__ == '__main__':
     check(0 <= heldout < N, f'heldout must be 0 or more and less than the {N} images, but it is {heldout}')
     # The last ones are held out: with classes, by name they would be of one class
     order = np.random.default_rng(0).permutation(N) if heldout else np.arange(N)
-    meta = dict(source=source, size=size, image_size=size, channels=C, count=N, heldout=heldout, classes=files.classes,
-                flips=flips, vae=vae)
+    meta = dict(source=source.rstrip('/'), size=size, image_size=size, channels=C, count=N, heldout=heldout,
+                classes=files.classes, flips=flips, vae=vae)
     encoder = load_vae(meta, device)
     if vae:
         factor = 2 ** (len(encoder.config.block_out_channels) - 1)
@@ -229,7 +229,7 @@ if __name__ == '__main__':
         if not os.path.exists(labels_file):
             black = encode(encoder, np.zeros((1, size, size, C), np.uint8), flips)
             with explain(f'cannot write {N} images to {out}'):
-                np.save(array_file, np.broadcast_to(np.zeros_like(black), (N, *black.shape[1:])))
+                np.save(array_file, np.zeros((N, *black.shape[1:]), black.dtype))
                 np.save(f'{out}/new.npy', np.full(N, TO_DO))
                 os.replace(f'{out}/new.npy', labels_file)
         labels = np.load(labels_file, mmap_mode='r+')
@@ -258,7 +258,7 @@ if __name__ == '__main__':
     chunks = np.split(np.arange(N), range(batch_size, N, batch_size))[rank::world]
     chunks = [chunk for chunk in chunks if (labels[chunk] < 0).any()]
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(prepare, chunks), total=len(chunks), disable=rank > 0):
+        for _ in tqdm(pool.map(prepare, chunks), total=len(chunks), disable=rank):
             wrong = (labels == UNREADABLE).sum()
             check(wrong <= N // 100, f'{wrong} of {N} images cannot be read, more than 1%: mend them, run this again')
     barrier()

@@ -146,7 +146,7 @@ def extract(weights, image, count, keep, batch_size, device, rank=0, world=1):
     first = torch.zeros(2048, dtype=torch.float64, device=device)
     second, kept, share = first.outer(first), torch.zeros(keep, 2048, device=device), range(rank, count, world)
     with ThreadPoolExecutor() as pool:
-        for i in tqdm(range(0, len(share), batch_size), disable=rank > 0):
+        for i in tqdm(range(0, len(share), batch_size), disable=rank):
             index = share[i:i + batch_size]
             with explain('images cannot be read, are neither grey nor RGB, or differ in size: then give --size'):
                 images = torch.from_numpy(np.stack(list(pool.map(image, index)))).expand(-1, -1, -1, 3)
@@ -171,7 +171,7 @@ if __name__ == '__main__':
     size = 0                # crop and resize folders and zips to this, as data.py does; 0 takes images as they are
     inception = ''          # a file of weights; '' downloads the published ones once
     batch_size = 64         # per process
-    pr_samples = 10000      # precision and recall use the first so many of each; 0 is off
+    pr_samples = 10000      # precision and recall use the first so many of each, which should be in random order
     device = 'auto'
     configure(globals())
     check(ref and (samples or save_stats), 'give --ref=B, and --samples=A or --save_stats=FILE.npz')

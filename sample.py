@@ -90,7 +90,7 @@ def labels_of(index, n_classes, cls=-1):
 
 def draw(model, vae, meta, seed, index, autocast, cls=-1, **solver):
     """The pictures of the samples in index, (B, H, W, C) uint8, and NFE. meta is the dataset's, solver more arguments
-    of `generate`. Adaptive methods run in float32: rounding makes them reject their steps."""
+    of `generate`. Adaptive methods run in float32: rounding can make them reject their steps."""
     config, device = model.config, model.positions.device
     noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
     y = torch.tensor(labels_of(index, config.n_classes, cls), device=device) if config.n_classes else None
@@ -178,7 +178,8 @@ if __name__ == '__main__':
     autocast, dtype = precision(device, dtype)
     if trajectory:
         frames = []
-        draw(model, vae, meta, seed, [0], autocast, cls, frames=frames, **solver)
+        with explain('there is no such sample', FloatingPointError):
+            draw(model, vae, meta, seed, [0], autocast, cls, frames=frames, **solver)
         save_trajectory(out, frames, vae, meta)
         print(f'sample 0 through t: {out}')
         raise SystemExit
@@ -186,14 +187,14 @@ if __name__ == '__main__':
     # Every process draws every world-th sample, into PNGs; where a picture or .npz is wanted, rank 0 packs them
     folder, nfes = out if out.endswith('/') else f'{out}.samples', []
     if rank == 0:
-        claim(folder, 'settings.json', dict(ckpt=ckpt, iter_num=checkpoint['iter_num'], num_samples=num_samples,
+        claim(folder, 'settings.json', dict(ckpt=ckpt, log=checkpoint['log'][-1:], num_samples=num_samples,
                                             cls=cls, seed=seed, dtype=dtype, **solver))
     barrier()
     png = lambda i: f'{folder}/{i:06}.png'
     mine = [i for i in range(rank, num_samples, world) if not os.path.exists(png(i))]
-    for first in tqdm(range(0, len(mine), batch_size), disable=rank > 0):
+    for first in tqdm(range(0, len(mine), batch_size), disable=rank):
         index = mine[first:first + batch_size]
-        with explain('there are no such samples', FloatingPointError):
+        with explain('these samples cannot be drawn', FloatingPointError):
             images, nfe = draw(model, vae, meta, seed, index, autocast, cls, **solver)
         nfes.append(nfe)
         for i, image in zip(index, images):

@@ -50,7 +50,7 @@ checkpoint_blocks = False   # activation checkpointing: less memory, more comput
 loss_weights = ()           # w_k of Eq. (7), finest scale first; () is 1 for each
 label_drop = 0.1            # share of labels replaced by the null label, for guidance
 max_iters = 10_000
-epochs = 0                  # > 0 sets max_iters
+epochs = 0                  # > 0 overrides max_iters
 learning_rate = 2e-4
 warmup_iters = 0
 decay_lr = True             # cosine to min_lr at max_iters; False keeps learning_rate
@@ -83,7 +83,7 @@ def learning_rate_at(iteration):
 
 device, rank, world = launch(device)
 autocast, dtype = precision(device, dtype)      # weights, optimizer and EMA are float32
-torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')    # its backward pass is slow there
+torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')    # slow backward pass
 
 # Data and model
 data = Dataset(dataset)
@@ -168,7 +168,7 @@ def evaluate():
 
 
 if iteration >= max_iters:
-    print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
+    print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters, or epochs if given')
     raise SystemExit
 if rank == 0:
     names = 'iter,loss,lr,grad_norm,images_per_s' + ''.join(f',heldout_{k}' for k in range(K))

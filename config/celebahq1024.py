@@ -23,5 +23,5 @@ ema_decay = 0.0             # Table 6: none
 
 eval_interval = 5000
 eval_images = 128
-log_interval = 100
+log_interval = 10
 sample_images = 10

@@ -22,5 +22,5 @@ min_lr = 1e-6
 ema_decay = 0.0             # Table 6: none
 
 eval_interval = 5000
-log_interval = 100
+log_interval = 10
 sample_images = 50

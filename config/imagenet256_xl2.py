@@ -24,5 +24,5 @@ decay_lr = False
 ema_decay = 0.9999
 
 eval_interval = 25_000
-log_interval = 100
+log_interval = 10
 sample_images = 50

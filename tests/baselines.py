@@ -44,7 +44,7 @@ class OneScale(LapFlow):
     """The network for images of one scale each: groups of images, each with its slice of t and y."""
 
     def forward(self, x_t, t, y=None):
-        """x_t: list of tensors, scale k (n_k, C, H/2^k, W/2^k) or None; t and y (sum of all n_k,). Returns a like list."""
+        """x_t: list of tensors, scale k (n_k, C, H/2^k, W/2^k) or None; t, y (sum of n_k,). Returns a list like x_t."""
         sizes = [0 if x is None else len(x) for x in x_t]
         parts = zip(x_t, t.split(sizes), [None] * len(x_t) if y is None else y.split(sizes))
         return [None if x is None else super(OneScale, self).forward([None] * k + [x], t_k, y_k)[k]
@@ -67,8 +67,8 @@ def pyramidal_flow(x1, x0, t, k, times):
 
 def edify_flow(x1, x0, t, k, config):
     """
-    EdifyImage (Appendix E, Alg. 5, Eq. (14), Eq. (15)): state and velocity of scale k are those of LapFlow's scales >= k
-    put together by Eq. (2): its mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)). Shapes as above.
+    EdifyImage (Appendix E, Alg. 5, Eq. (14), Eq. (15)): state and velocity of scale k are those of LapFlow's scales
+    >= k put together by Eq. (2): the mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)). Same shapes.
     """
     scales = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), config.times[1:])][k:]
     return [reconstruct([f(data, noise, t, start, config.path) for data, noise, start in scales])
@@ -110,7 +110,7 @@ CHANGES = dict(LapFlow=OneScale, LapFlowConfig=FlowConfig, states_and_targets=st
 
 if __name__ == '__main__':
     flow, script = (sys.argv + ['', ''])[1:3]
-    check(flow in FLOWS and script, f'say which flow ({" or ".join(FLOWS)}) and script: python {sys.argv[0]} edify train.py')
+    check(flow in FLOWS and script, f'say which flow, {" or ".join(FLOWS)}, and what script, such as edify train.py')
     vars(model).update(CHANGES)
     sys.argv = sys.argv[2:]
     runpy.run_path(os.path.join(ROOT, script), init_globals=dict(flow=flow), run_name='__main__')

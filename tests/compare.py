@@ -123,9 +123,10 @@ if __name__ == '__main__':
     folder = lambda name, seed: os.path.join(out_dir, f'{name.replace(" ", "-").replace(",", "")}-{own[name]}-{seed}')
     with ThreadPoolExecutor(workers) as pool:
         threads = max(1, torch.get_num_threads() // workers)
-        results = {(name, seed): pool.submit(
-            quality, folder(name, seed), [*args, f'--patch={patch}', f'--batch_size={batch_size}', *extra.split()],
-            seed, own[name], num_samples, threads, data, judge) for seed in range(seeds) for name, args in variants.items()}
+        common = [f'--patch={patch}', f'--batch_size={batch_size}', *extra.split()]
+        results = {(name, seed): pool.submit(quality, folder(name, seed), [*args, *common], seed, own[name], num_samples,
+                                             threads, data, judge)
+                   for seed in range(seeds) for name, args in variants.items()}
     print('| variant | seeds | iterations | accuracy | Frechet | NFE | GFLOPs | images/s | s/image |')
     print('| --- ' * 9 + '|')
     for name in variants:

@@ -101,7 +101,8 @@ def commands():
     """(document, script, its arguments) of every command in the documents."""
     found = []
     for document in DOCUMENTS:
-        code = '\n'.join(re.findall(r'```sh\n(.*?)```', TEXT[document], re.S) + re.findall(r'`([^`\n]+)`', TEXT[document]))
+        text = TEXT[document]
+        code = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S) + re.findall(r'`([^`\n]+)`', text))
         code = code.replace('\\\n', ' ').replace('$C', 'python tests/compare.py')
         for line in re.split(r'\n|&&', code):
             words = re.sub(r'\s#.*', '', line).split()

@@ -336,12 +336,12 @@ def test_bfloat16_where_the_hardware_has_it_is_for_solvers_with_fixed_steps(trai
 
 
 def test_help_shows_the_checkpoints_defaults_and_what_is_given_over_them(trained, run, tmp_path):
-    _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', '--help')
-    lines = message.split('\n')
+    printed, _ = run('sample.py', f'--ckpt={trained}/ckpt.pt', '--help')
+    lines = printed.split('\n')
     assert {"--method='euler'", '--steps=4', '--cfg=2.0', '--tol=1e-05', '--num_samples=100'} <= {*lines}
     (tmp_path / 'mine.py').write_text('cfg = 3')
-    _, message = run('sample.py', '--help', '--steps=7', '--ckpt', f'{trained}/ckpt.pt', f'{tmp_path}/mine.py')
-    assert {"--method='euler'", '--steps=7', '--cfg=3.0'} <= {*message.split('\n')}
+    printed, _ = run('sample.py', '--help', '--steps=7', '--ckpt', f'{trained}/ckpt.pt', f'{tmp_path}/mine.py')
+    assert {"--method='euler'", '--steps=7', '--cfg=3.0'} <= {*printed.split('\n')}
 
 
 def test_a_stopped_npz_goes_on_and_equals_one_drawn_at_once(trained, run, tmp_path, monkeypatch):
