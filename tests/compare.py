@@ -124,8 +124,8 @@ if __name__ == '__main__':
     with ThreadPoolExecutor(workers) as pool:
         threads = max(1, torch.get_num_threads() // workers)
         common = [f'--patch={patch}', f'--batch_size={batch_size}', *extra.split()]
-        results = {(name, seed): pool.submit(quality, folder(name, seed), [*args, *common], seed, own[name], num_samples,
-                                             threads, data, judge)
+        results = {(name, seed): pool.submit(quality, folder(name, seed), [*args, *common], seed, own[name],
+                                             num_samples, threads, data, judge)
                    for seed in range(seeds) for name, args in variants.items()}
     print('| variant | seeds | iterations | accuracy | Frechet | NFE | GFLOPs | images/s | s/image |')
     print('| --- ' * 9 + '|')

@@ -210,6 +210,9 @@ def test_a_diverged_model_ends_sampling_with_a_sentence_and_no_file(trained, tmp
                              f'--out={out}')
             assert f'{method} cannot solve the ODE from t = 0' in message and '\n' not in message
             assert not os.path.exists(out) and os.listdir(f'{out}.samples') == ['settings.json']
+            _, message = run('sample.py', '--ckpt', str(tmp_path / 'ckpt.pt'), '--trajectory=True', f'--out={out}',
+                             f'--method={method}')
+            assert f'{method} cannot solve the ODE from t = 0' in message and not os.path.exists(out)
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_stop_training(tmp_path, run, monkeypatch):

@@ -3,6 +3,7 @@ The paper's configs end to end at reduced width and grid: images, a VAE's latent
 """
 import os
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -80,8 +81,9 @@ def test_samples_are_decoded_by_the_checkpoints_own_vae(latent_run, vae_folder, 
 
 
 def test_a_folder_of_samples_goes_on_where_it_stopped(latent_run, run):
-    ckpt, out = str(latent_run / 'out' / 'ckpt.pt'), latent_run / 'more'
-    args = ['--ckpt', ckpt, f'--out={out}/', '--device=cpu', '--num_samples=5']
+    ckpt, out = latent_run / 'copy.pt', latent_run / 'more'
+    shutil.copy(latent_run / 'out' / 'ckpt.pt', ckpt)
+    args = ['--ckpt', str(ckpt), f'--out={out}/', '--device=cpu', '--num_samples=5']
     run('sample.py', *args)
     whole = {file.name: file.read_bytes() for file in out.glob('*.png')}
     assert sorted(whole) == [f'00000{i}.png' for i in range(5)]
@@ -97,6 +99,9 @@ def test_a_folder_of_samples_goes_on_where_it_stopped(latent_run, run):
     for other in ('--num_samples=6', '--num_samples=4', '--seed=1', '--steps=8'):
         _, message = run('sample.py', *args, other)
         assert 'other settings' in message and other[2:other.index('=')] in message
+    checkpoint = torch.load(ckpt, weights_only=True)        # as if trained again, as long, to another end
+    torch.save(checkpoint | dict(log=[row + '1' for row in checkpoint['log']]), ckpt)
+    assert 'other settings' in run('sample.py', *args)[1]
     assert read() == whole
 
 
