@@ -116,6 +116,7 @@ def finish(jobs, output):
     """Waits for what `start_two` started, which must end well; what it printed."""
     for job in jobs:
         job.join(300)
+        job.kill()
     printed = Path(output).read_text()
     assert [job.exitcode for job in jobs] == [0, 0], printed
     return printed

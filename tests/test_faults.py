@@ -66,6 +66,17 @@ def test_a_terminated_run_saves_its_last_iteration_and_resumes(how, workplace, r
     assert same(load(tmp_path)['model'], load(whole)['model']) and losses(tmp_path) == losses(whole)
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_iteration(workplace, tmp_path):
+    jobs, output = start_two(workplace, 'train.py', *TINY, f'--out_dir={tmp_path}', '--max_iters=100000',
+                             '--eval_interval=100000')
+    while not (tmp_path / 'log.csv').exists() or not losses(tmp_path):
+        assert all(job.is_alive() for job in jobs)
+        time.sleep(0.02)
+    os.kill(jobs[1].pid, signal.SIGTERM)
+    said = re.search(r'holds iteration (\d+)', finish(jobs, output))
+    assert load(tmp_path)['iter_num'] == int(losses(tmp_path)[-1]['iter']) == int(said[1])
+
+
 def test_a_lost_process_restarts_the_job_and_at_last_ends_it(workplace, tmp_path):
     """kill -9 one of two processes, twice: torchrun --max_restarts=1 first resumes, then ends both, with a message."""
     with started(workplace, 'train.py', *TINY, '--max_iters=1000000', f'--out_dir={tmp_path}', '--eval_interval=10',
@@ -130,8 +141,8 @@ def test_twenty_four_kills_at_random_moments_change_nothing(workplace, vae_folde
 
 
 def test_two_runs_in_one_folder_are_refused(workplace, run, tmp_path):
-    args = [*TINY, f'--out_dir={tmp_path}', '--max_iters=100000']
-    with started(workplace, 'train.py', *args) as job:
+    args = [*TINY, f'--out_dir={tmp_path}', '--eval_interval=100000']
+    with started(workplace, 'train.py', *args, '--max_iters=100000') as job:
         wait_for(lambda: (tmp_path / 'log.csv').exists() and losses(tmp_path), job)
         _, message = run('train.py', *args)
         assert f'cannot write to {tmp_path}, or another run does' in message and '\n' not in message

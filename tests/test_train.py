@@ -182,28 +182,31 @@ def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp
 
 
 @pytest.mark.parametrize('flow', ('lapflow', 'pyramidal', 'edify'))
-def test_every_flow_trains_and_samples_with_its_own_functions(flow, trained, run, tmp_path, monkeypatch):
+def test_every_flow_trains_and_samples_with_its_own_functions(flow, run, tmp_path, monkeypatch):
     """
-    The first loss is that of a network which outputs 0, on images, noise and times that depend on (seed, iteration)
+    The second loss is that of the first checkpoint, on images, labels, noise and times that depend on (seed, iteration)
     alone, and the samples are the solver's with the flow's own hand-over.
     """
-    folder, script = (trained, []) if flow == 'lapflow' else (tmp_path, ['tests/baselines.py', flow])
-    if flow != 'lapflow':
-        assert run(*script, 'train.py', *TINY, '--max_iters=1', f'--out_dir={folder}')[1] == ''
-    module, network, config, loss = (lapflow, LapFlow, LapFlowConfig, 0) if flow == 'lapflow' else (
-        baselines, baselines.OneScale, baselines.FlowConfig, 0)
-    config = config(**load(folder)['model_args'])
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((0, 0, 0)).generate_state(1)[0]))
-    noise, uniform = torch.randn(12, 1, 32, 32, generator=generator), torch.rand(12, generator=generator)
-    x1, _ = Dataset('digits').batch(training_order(0, 12, 300, 0))
-    t = module.stage_times(torch.tensor([0] * 6 + [1] * 6), uniform, config)
-    for u_k in module.states_and_targets(x1, noise, t, (6, 12), config)[1]:
-        loss += u_k.square().flatten(1).mean(1).sum().item() / 12
-    assert abs(float(losses(folder)[0]['loss']) - loss) < 1e-5
-    assert run(*script, 'sample.py', '--ckpt', f'{folder}/ckpt.pt', '--num_samples=12', '--cfg=1',
+    script, module, network, config = ([], lapflow, LapFlow, LapFlowConfig) if flow == 'lapflow' else (
+        ['tests/baselines.py', flow], baselines, baselines.OneScale, baselines.FlowConfig)
+    train = lambda iterations: run(*script, 'train.py', *TINY, f'--max_iters={iterations}', f'--out_dir={tmp_path}')[1]
+    assert train(1) == ''
+    model = network(config(**load(tmp_path)['model_args']))
+    model.load_state_dict(load(tmp_path)['model'])
+    assert train(2) == ''
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((0, 0, 1)).generate_state(1)[0]))
+    noise = torch.randn(12, 1, 32, 32, generator=generator)
+    uniform, drop = torch.rand(2, 12, generator=generator)
+    x1, y = Dataset('digits').batch(training_order(12, 12, 300, 0))
+    t = module.stage_times(torch.tensor([0] * 6 + [1] * 6), uniform, model.config)
+    x_t, u = module.states_and_targets(x1, noise, t, (6, 12), model.config)
+    with torch.no_grad():
+        v = model(x_t, t, torch.where(drop < 0.1, 10, y))
+    loss = sum(((v_k - u_k) ** 2).flatten(1).mean(1).sum().item() for v_k, u_k in zip(v, u)) / 12
+    assert abs(float(losses(tmp_path)[1]['loss']) - loss) < 1e-5
+    assert run(*script, 'sample.py', '--ckpt', f'{tmp_path}/ckpt.pt', '--num_samples=12', '--cfg=1',
                f'--out={tmp_path}/x.npz')[1] == ''
-    model = network(config)
-    model.load_state_dict(load(folder)['ema'])
+    model.load_state_dict(load(tmp_path)['ema'])
     monkeypatch.setattr(sampler, 'hand_over', module.hand_over)
     x, _ = sampler.generate(model, sampler.noise_of(0, range(12), (1, 32, 32)), torch.arange(12) % 10, 'euler', 4)
     drawn = np.load(tmp_path / 'x.npz')['arr_0'].astype(int)
@@ -290,7 +293,8 @@ def test_many_processes_draw_exactly_the_samples_of_one(trained, run, workplace)
     args = ['--num_samples=7', '--seed=2', '--device=cpu']
     sample(run, trained, 'one.npz', *args, '--batch_size=7')
     jobs = start_two(workplace, 'sample.py', '--ckpt', f'{trained}/ckpt.pt', *args, '--out=two.npz', '--batch_size=2')
-    assert '7 samples, euler, NFE 4.0: two.npz' in finish(*jobs)
+    printed = finish(*jobs)
+    assert '7 samples, euler, NFE 4.0: two.npz' in printed and '2/2' in printed     # batches of 4 of the 7 samples
     one, two = (np.load(workplace / f'{name}.npz') for name in ('one', 'two'))
     assert one['arr_0'].shape == (7, 32, 32, 1) and one['arr_1'].tolist() == two['arr_1'].tolist() == [*range(7)]
     assert np.abs(one['arr_0'].astype(int) - two['arr_0']).max() <= 1
