@@ -112,14 +112,14 @@ def save_trajectory(file, frames, vae, meta):
     """The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames
     of `generate`; in rows the state of every scale, coarsest first, mid-grey for 0 (of latents three channels), and
     below them their reconstruction, decoded."""
-    canvas = Image.new('RGB', (100 * len(frames), 116 + 100 * len(frames[-1][1])))
+    canvas = Image.new('RGB', (100 * len(frames), 116 + 100 * len(frames[0][1])))
     for column, (t, state) in enumerate(frames):
         ImageDraw.Draw(canvas).text((100 * column + 50, 8), f't = {t:.2f}', anchor='mm', font_size=17)
         whole = reconstruct([x for x in state if x is not None])
-        for row, x in enumerate([*reversed(state), decode(vae, whole, meta)]):
+        for row, x in enumerate([decode(vae, whole, meta), *state]):        # from the bottom
             if x is not None:
-                picture = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
-                canvas.paste(picture.resize((96, 96), Image.NEAREST), (100 * column + 2, 18 + 100 * row))
+                cell = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
+                canvas.paste(cell.resize((96, 96), Image.NEAREST), (100 * column + 2, canvas.height - 98 - 100 * row))
     canvas.save(file)
 
 

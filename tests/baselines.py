@@ -30,7 +30,7 @@ LapFlow, LapFlowConfig, lapflow_times = model.LapFlow, model.LapFlowConfig, mode
 @dataclass
 class FlowConfig(LapFlowConfig):
     """LapFlow's with one field more: 'pyramidal' (Alg. 3, 4) or 'edify' (Alg. 5, 6)."""
-    flow: str = 'edify'
+    flow: str = ''          # LapFlow's checkpoints name none: refused
 
     def __post_init__(self):
         super().__post_init__()

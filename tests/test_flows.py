@@ -234,3 +234,9 @@ def test_one_forward_of_packed_stages_equals_stage_by_stage(flow):
 def test_impossible_settings_of_a_baseline_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         baselines.FlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)
+
+
+def test_a_configuration_that_names_no_flow_is_not_taken_for_a_baselines():
+    """As the model_args of LapFlow's checkpoints, which baselines.py must not draw or go on with."""
+    with pytest.raises(ValueError, match='flow must be one of pyramidal, edify'):
+        baselines.FlowConfig(**vars(LapFlowConfig(size=32, width=32, heads=4)))

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model import laplacian_pyramid, noisy_state, path, velocity
-from sample import ADAPTIVE, FIXED, generate, noise_of, to_uint8
+from sample import ADAPTIVE, FIXED, generate, noise_of, save_trajectory, to_uint8
 from test_model import PATHS, small
 
 TIMES = {1: (), 2: (0.5,), 3: (0.67, 0.33), 4: (0.75, 0.5, 0.25)}
@@ -178,3 +179,16 @@ def test_pixels_are_rounded_once_and_clipped():
     grey = torch.arange(256.0) / 127.5 - 1
     assert to_uint8(grey.view(1, 1, 16, 16)).flatten().tolist() == list(range(256))
     assert to_uint8(torch.tensor([-7.0, 7.0, 0.4 / 127.5 - 1]).view(3, 1, 1, 1)).flatten().tolist() == [0, 255, 0]
+
+
+def test_every_column_of_a_trajectory_ends_in_the_reconstruction_also_of_one_scale_at_a_time(tmp_path):
+    """Frames of LapFlow have K states, those of the baselines k + 1, the last of which is the image so far."""
+    coarse, fine = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 8, 8), -0.5)
+    whole = [None, coarse]
+    for name, states, last in (('lapflow', (whole, [fine, coarse]), 0), ('edify', (whole, [fine]), -0.5)):
+        save_trajectory(tmp_path / f'{name}.png', list(zip((0.0, 1.0), states)), None, {})
+        strip = np.asarray(Image.open(tmp_path / f'{name}.png').convert('L'))
+        assert strip.shape == (316, 200)
+        grey = [round((value + 1) * 127.5) for value in (0.5, last)]
+        assert np.abs(strip[-50, [50, 150]] - np.array(grey)).max() <= 1
+        assert strip[150, 50] == 0 and abs(int(strip[150, 150]) - round(0.5 * 127.5)) <= 1     # the fine scale's row
