@@ -254,7 +254,7 @@ if __name__ == '__main__':
         array.flush()       # before the record
         labels[chunk] = files.labels[order[chunk]]
 
-    # Chunks are the same in every run, and so is what the VAE makes of them
+    # Chunks are the same in every run of this batch_size, and so is what the VAE makes of them
     chunks = np.split(np.arange(N), range(batch_size, N, batch_size))[rank::world]
     chunks = [chunk for chunk in chunks if (labels[chunk] < 0).any()]
     with ThreadPoolExecutor() as pool:

@@ -127,8 +127,8 @@ def open_images(path, size=0):
 
 
 def load_statistics(file):
-    """The dict of an .npz of statistics: mu, sigma, count, size and inception (None where not stated); None for other
-    files. And whether the file has images, as ADM's statistics have."""
+    """The dict of an .npz of statistics: mu, sigma and, where stated, count, size, inception; None for other files. And
+    whether the file has images, as ADM's statistics have."""
     if not file.endswith('.npz'):
         return None, True
     with explain(f'{file!r} cannot be read as an .npz of images (arr_0) or statistics (mu, sigma)'):
@@ -136,7 +136,7 @@ def load_statistics(file):
             if 'mu' not in f:
                 return None, True
             check(f['sigma'].shape == (2048, 2048), f'mu and sigma in {file!r} must be of 2048 features')
-            stated = {key: f[key].item() if key in f else None for key in ('count', 'size', 'inception')}
+            stated = {key: f[key].item() for key in ('count', 'size', 'inception') if key in f}
             return dict(mu=f['mu'], sigma=f['sigma'], **stated), 'arr_0' in f
 
 
@@ -184,7 +184,7 @@ if __name__ == '__main__':
     image_a, n_a = open_images(samples, size) if samples else (None, 0)
     image_b, n_b = open_images(ref, size) if has_images else (None, 0)
     weights, made_with = load_inception(inception, device)
-    check(not stats or stats['inception'] in (None, made_with), f'{ref!r} was made with other Inception weights')
+    check(not stats or stats.get('inception', made_with) == made_with, f'{ref!r} is of other Inception weights')
 
     pr_a, pr_b = (min(n, pr_samples) if n_a and n_b else 0 for n in (n_a, n_b))
     share = batch_size, device, rank, world
@@ -196,8 +196,8 @@ if __name__ == '__main__':
     if rank > 0:
         raise SystemExit
 
-    n = stats['count']
-    result = dict(samples=samples, ref=ref, n_ref=n, ref_size=stats['size'], inception=made_with)
+    n = stats.get('count')
+    result = dict(samples=samples, ref=ref, n_ref=n, ref_size=stats.get('size'), inception=made_with)
     if save_stats:
         np.savez(save_stats, **stats | dict(source=ref, inception=made_with))
     if samples:

@@ -479,6 +479,10 @@ def test_adms_statistics_bring_images_for_precision_and_recall(cli, expected, pl
     numbers, out, message = cli('--samples=a', '--ref=adm.npz', '--pr_samples=4')
     assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4) and numbers['n_ref'] is None
     assert (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr4']) and numbers['pr_samples'] == 4
+    # kept as a file of one's own, which does not state what ADM's does not
+    assert cli('--ref=adm.npz', '--save_stats=adm-again.npz')[2] == ''
+    again, _, message = cli('--samples=a', '--ref=adm-again.npz')
+    assert message == '' and again['fid'] == pytest.approx(numbers['fid'], rel=1e-9) and again['n_ref'] is None
 
 
 def test_two_processes_equal_one(place, expected, monkeypatch):
