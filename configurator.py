@@ -121,9 +121,8 @@ def launch(device):
         torch.cuda.set_device(device)
     if world > 1:
         # A name of its own for every attempt of torchrun --max_restarts, which else would find the lost one's addresses
-        store = next(dist.rendezvous('env://'))[0]
-        attempt = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        dist.init_process_group('nccl' if 'cuda' in device else 'gloo', store=attempt, rank=rank, world_size=world,
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
+        dist.init_process_group('nccl' if 'cuda' in device else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=3))     # others wait while rank 0 evaluates
     return device, rank, max(world, 1)
 

@@ -156,8 +156,8 @@ class Dataset:
             self.meta = meta = json.loads(Path(f'{folder}/meta.json').read_text())
             self.array = np.load(f'{folder}/latents.npy' if meta['vae'] else f'{folder}/images.npy', mmap_mode='r')
             self.labels = np.load(f'{folder}/labels.npy')
-            check(len(self.array) == len(self.labels) == meta['count'], f'{folder} has other counts than its meta.json')
-            check(self.labels.max() < max(1, len(meta['classes'])), f'{folder} has labels beyond its classes')
+            check(len(self.array) == len(self.labels) == meta['count']
+                  and self.labels.max() < max(1, len(meta['classes'])), f'{folder} is not what its meta.json says')
             self.rows = np.flatnonzero(self.labels >= 0)
             self.n_train = len(self.rows) - meta['heldout']
             check(self.n_train > 0, f'{folder} has no images to train on yet')

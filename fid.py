@@ -52,7 +52,7 @@ def inception_features(weights, images):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
     x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    x = F.interpolate(x, (299, 299), mode='bilinear', align_corners=False, antialias=False)
+    x = F.interpolate(x, (299, 299), mode='bilinear', align_corners=False)      # no antialias
     x = conv(conv(x, 'Conv2d_1a_3x3', 2), 'Conv2d_2a_3x3', pad=False)
     x = F.max_pool2d(conv(x, 'Conv2d_2b_3x3'), 3, 2)
     x = F.max_pool2d(conv(conv(x, 'Conv2d_3b_1x1'), 'Conv2d_4a_3x3', pad=False), 3, 2)
@@ -119,7 +119,7 @@ def open_images(path, size=0):
             check(not data.meta['vae'], f'{path!r} is a dataset of latents: give the images that it was made from')
             return lambda i: data.array[data.rows[i]], data.n_train
         if path.endswith('.npz'):
-            array = np.load(path, allow_pickle=False)['arr_0']
+            array = np.load(path)['arr_0']
             check(array.dtype == np.uint8, f'{path!r} has images of {array.dtype}: they must be uint8, N x H x W x C')
             return array.__getitem__, len(array)
         files = ImageFiles(path)
@@ -132,7 +132,7 @@ def load_statistics(file):
     if not file.endswith('.npz'):
         return None, True
     with explain(f'{file!r} cannot be read as an .npz of images (arr_0) or statistics (mu, sigma)'):
-        with np.load(file, allow_pickle=False) as f:
+        with np.load(file) as f:
             if 'mu' not in f:
                 return None, True
             check(f['sigma'].shape == (2048, 2048), f'mu and sigma in {file!r} must be of 2048 features')

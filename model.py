@@ -140,6 +140,7 @@ class LapFlowConfig:
     mask: str = 'causal'    # which scales a scale sees: 'causal' (itself and coarser), 'none' (all), 'self' (itself)
     shared: str = ''        # which parts of a block all scales share: any of 'qkv', 'proj', 'ffn', 'mod', with commas
     path: str = 'linear'    # 'linear', 'gvp', 'quadratic' or 'cubic'
+    image_tokens: bool = False  # not the paper's: a token shows the image as far as it is known, not its residual alone
 
     @property
     def K(self):
@@ -303,16 +304,15 @@ class LapFlow(nn.Module):
         (B,) times, the batch of the coarsest active scale. y: (B,) labels; n_classes, or y=None, is the null label.
         Returns a list like x_t. Under the causal mask finer inputs never change coarser outputs."""
         p, positions = self.config.patch, self.positions.split(self.tokens)
-        z = {k: self.patch_embed[k](patchify(x, p)) + positions[k]
-             for k, x in enumerate(x_t) if x is not None}                           # (B_k, N_k, D)
+        x = {k: x_k for k, x_k in enumerate(x_t) if x_k is not None}
+        if self.config.image_tokens:    # Eq. (2), over the states of this scale and the coarser ones
+            x = {k: reconstruct([x[j][:len(x[k])] for j in x if j >= k]) for k in x}
+        z = {k: self.patch_embed[k](patchify(x[k], p)) + positions[k] for k in x}   # (B_k, N_k, D)
         condition, c = self.embed(t, y)                                             # (B, n, D), (B, D)
         # In-context conditioning: the tokens of t and y stand with the coarsest scale, which every scale may see.
         coarsest, n = max(z), condition.shape[1]
         z[coarsest] = torch.cat([condition, z[coarsest]], dim=1)
         for block in self.blocks:
-            if self.checkpoint_blocks:
-                z = checkpoint(block, z, c, use_reentrant=False)
-            else:
-                z = block(z, c)
+            z = checkpoint(block, z, c, use_reentrant=False) if self.checkpoint_blocks else block(z, c)
         z[coarsest] = z[coarsest][:, n:]
-        return [None if x is None else unpatchify(self.final[k](z[k], c[:len(x)]), p) for k, x in enumerate(x_t)]
+        return [unpatchify(self.final[k](z[k], c[:len(x[k])]), p) if k in x else None for k in range(len(x_t))]

@@ -74,8 +74,8 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0,
 
 def noise_of(seed, index, shape):
     """Standard normal noise of the samples in index, (len(index), *shape) float32: each a function of (seed, i)."""
-    noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in index]
-    return torch.from_numpy(np.stack(noise))
+    return torch.from_numpy(np.stack([
+        np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in index]))
 
 
 def to_uint8(x):

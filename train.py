@@ -45,6 +45,7 @@ n_classes = -1              # -1: the dataset's; 0: unconditional
 mask = 'causal'
 shared = ''
 path = 'linear'
+image_tokens = False
 checkpoint_blocks = False   # activation checkpointing: less memory, more compute
 # optimisation: AdamW
 loss_weights = ()           # w_k of Eq. (7), finest scale first; () is 1 for each
@@ -53,8 +54,7 @@ max_iters = 10_000
 epochs = 0                  # > 0 overrides max_iters
 learning_rate = 2e-4
 warmup_iters = 0
-decay_lr = True             # cosine to min_lr at max_iters; False keeps learning_rate
-min_lr = 1e-6
+min_lr = 1e-6               # reached at max_iters by a cosine; min_lr = learning_rate keeps it constant
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.999
@@ -74,9 +74,9 @@ config = configure(globals())
 
 
 def learning_rate_at(iteration):
-    """Linear warm-up, then a cosine from learning_rate to min_lr at max_iters, or constant."""
-    if iteration < warmup_iters or not decay_lr:
-        return learning_rate * min(iteration + 1, warmup_iters + 1) / (warmup_iters + 1)
+    """Linear warm-up, then a cosine from learning_rate to min_lr at max_iters."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
     progress = (iteration - warmup_iters) / (max_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
@@ -112,9 +112,8 @@ iteration, log = 0, []      # log: the rows of log.csv
 ckpt_path = f'{out_dir}/ckpt.pt'
 if os.path.exists(ckpt_path):
     saved = load_checkpoint(ckpt_path)
-    for what, there, here in (('model', asdict(LapFlowConfig(**saved['model_args'])), asdict(model_config)),
-                              ('dataset', saved['data'], data.meta)):
-        check(there == here, f'{ckpt_path} holds another {what} ({changes(there, here)}): give another --out_dir')
+    there, here = asdict(LapFlowConfig(**saved['model_args'])) | saved['data'], asdict(model_config) | data.meta
+    check(there == here, f'{ckpt_path} is of other settings or data ({changes(there, here)}): give another --out_dir')
     model.load_state_dict(saved['model'])
     optimizer.load_state_dict(saved['optimizer'])
     optimizer.param_groups[0].update(betas=(beta1, beta2), weight_decay=weight_decay)
@@ -127,20 +126,20 @@ if os.path.exists(ckpt_path):
 
 
 def random_inputs(n, *key):
-    """Alg. 1, lines 5 and 6: noise (n, C, H, W), times, label drops, mirror flips (n,), and the VAE's noise or None, of
-    n images packed by stage: all that is random about them, from (seed, *key)."""
+    """Alg. 1, lines 5 and 6: noise (n, C, H, W), times, label drops, mirror flips (n,), and noise for the VAE's
+    posterior, of n images packed by stage: all that is random about them, from (seed, *key)."""
     generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence((seed, *key)).generate_state(1)[0]))
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
     t = stage_times(packed_stages(n, K, device), uniform, model_config)
     flip = np.random.default_rng((seed, *key)).random(n) < 0.5     # on the CPU, where the images are read
-    eps = torch.randn(noise.shape, generator=generator, device=device) if data.meta['vae'] else None
+    eps = torch.randn(noise.shape, generator=generator, device=device)
     return noise, t, drop < label_drop, flip, eps
 
 
 def forward(net, index, inputs, share):
     """The loss and the images' errors, K tensors, of a share, a slice, of the images in index (Alg. 1, lines 7-10)."""
-    noise, t, drop, flip, eps = (None if x is None else x[share] for x in inputs)
+    noise, t, drop, flip, eps = (x[share] for x in inputs)
     x1, y = data.batch(index[share], device, flip, eps)
     y = torch.where(drop, n_classes, y) if n_classes else None
     stage = packed_stages(len(index), K)[share]
@@ -199,7 +198,7 @@ while iteration < max_iters:
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     iteration += 1
     if ema is not None:
         decay = min(ema_decay, (1 + iteration) / (10 + iteration))

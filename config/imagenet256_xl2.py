@@ -20,7 +20,7 @@ label_drop = 0.1
 batch_size = 256
 epochs = 120                # about 600K iterations of 256
 learning_rate = 1e-4
-decay_lr = False
+min_lr = 1e-4                # constant
 ema_decay = 0.9999
 
 eval_interval = 25_000

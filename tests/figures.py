@@ -10,8 +10,9 @@ packed.png      a packed batch (`packed_stages`) beside a padded one
 trajectory.png  a digit through time, as sample.py --trajectory=True draws it
 digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
-distance.png    Frechet distance against training, from results.json
-solvers.png     Frechet distance against evaluations, from results.json
+distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
+clothes.png     real pictures beside those of two of its runs, in a folder: --runs=out-compare
+solvers.png     Frechet distance against evaluations, from results/solvers.json
 
 The same checkpoint gives the same pictures on the same machine."""
 import io
@@ -36,12 +37,12 @@ from data import Dataset  # noqa: E402
 from model import (LapFlowConfig, global_attention, laplacian_pyramid, packed_stages, path, reconstruct,  # noqa: E402
                    stage_times)
 from sample import (draw, generate, load_checkpoint, load_model, noise_of, sampling_defaults, save_grid,  # noqa: E402
-                    save_trajectory)
+                    save_trajectory, to_uint8)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = json.loads((ROOT / 'tests/results.json').read_text())
+RESULTS = ROOT / 'tests/results'
 WIDTH = 8.5                                     # inches, of 150 pixels: README shows about 100 of them to the inch
 COLOURS = ('#3572b8', '#3f9a54', '#e0872b')     # of the scales, finest first
 GREY, PALE, DARK, RED, VIOLET, TEAL = '#8a8f98', '#eef0f3', '#222222', '#c0392b', '#7b3fa0', '#1899a0'
@@ -225,21 +226,42 @@ def finish(axes, xlabel, x_ticks, y_ticks, title):
 
 
 def distance():
-    styles = {'LapFlow': ('LapFlow, 2 scales', RED, 'o-'), 'LapFlow, 3 scales': ('LapFlow, 3 scales', RED, '^--'),
-              'LapFlow, fine tokens that see the image': ('LapFlow, tokens that see the image', VIOLET, 'o-'),
-              'LFM, single scale': ('LFM, single scale', DARK, 's-'),
-              'Pyramidal Flow, all shared': ('Pyramidal Flow', GREY, 'D-'), 'EdifyImage': ('EdifyImage', TEAL, 'v-')}
+    styles = {'lapflow': ('LapFlow, 2 scales', RED, 'o-'), 'three scales': ('LapFlow, 3 scales', RED, '^--'),
+              'image tokens': ('LapFlow, image tokens', VIOLET, 'o-'), 'single scale': ('single scale', DARK, 's-'),
+              'pyramidal': ('Pyramidal Flow', GREY, 'D-'), 'edify': ('EdifyImage', TEAL, 'v-')}
+    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / 'fashion').glob('*.json'))]
     figure, axes = plt.subplots(figsize=(WIDTH, 4.3))
     for i, (system, (label, colour, style)) in enumerate(styles.items()):
-        rows = [row for row in RESULTS['Other budgets']['rows'] if row['system'] == system]
-        x = [row['iterations'] * 1.012 ** (i - 2.5) for row in rows]        # a little apart, for the bars to be seen
-        y = [row['frechet']['mean'] for row in rows]
+        rows = [row for run in runs if run['system'] == system for row in run['rows']]
+        points = sorted({row['point'] for row in rows})
+        of_points = [[row for row in rows if row['point'] == point] for point in points]
+        x = [of_point[0]['flops'] / 1e15 * 1.012 ** (i - 2.5) for of_point in of_points]    # a little apart, for the bars
+        y = [np.mean([row['frechet'] for row in of_point]) for of_point in of_points]
+        bars = [np.std([row['frechet'] for row in of_point], ddof=1) if len(of_point) > 1 else np.nan
+                for of_point in of_points]
         axes.plot(x, y, style, color=colour, label=label)
-        axes.errorbar(x, y, [row['frechet']['sd'] or np.nan for row in rows], color=colour, fmt='none', capsize=4)
-    axes.set(yscale='log', ylim=(2, 250))
-    finish(axes, 'iterations of LapFlow with the same training FLOPs', (1000, 2000, 6000), (2, 5, 10, 20, 50, 100, 200),
-           'bars: deviation of three seeds; without: seed 0')
+        axes.errorbar(x, y, bars, color=colour, fmt='none', capsize=4)
+    axes.set(yscale='log')
+    finish(axes, 'training, PFLOPs', X_TICKS, Y_TICKS, 'bars: deviation of three seeds; without: seed 0')
     save(figure, 'distance')
+
+
+def clothes():
+    data, images = Dataset('fashion'), {}
+    y = torch.from_numpy(data.labels[data.rows[data.heldout]])
+    first = [data.heldout[y == c][:2] for c in range(10)]
+    images['real'] = to_uint8(data.batch(np.stack(first, 1).flatten())[0])
+    for label, system in (('LapFlow', 'lapflow'), ('image tokens', 'image tokens'), ('single scale', 'single scale')):
+        checkpoint = load_checkpoint(f'{runs}/{system.replace(" ", "-")}-0/ckpt.pt')
+        solver = dict(method='midpoint', steps=10, tol=1e-5, cfg=2.0)
+        images[label] = draw(load_model(checkpoint, 'cpu'), None, checkpoint['data'], 0, range(20), nullcontext(), **solver)[0]
+    figure, panels = plt.subplots(len(images), 1, figsize=(WIDTH, 1.75 * len(images)))
+    for panel, (label, pictures) in zip(panels, images.items()):
+        grid = pictures[..., 0].reshape(2, 10, 32, 32).transpose(0, 2, 1, 3).reshape(64, 320)
+        panel.imshow(grid, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+        panel.set(xticks=[], yticks=[], ylabel=label)
+        panel.spines[['left', 'bottom']].set_visible(False)
+    save(figure, 'clothes')
 
 
 def solvers():
@@ -247,7 +269,7 @@ def solvers():
               'explicit_adams': (TEAL, 'v-'), 'dopri5': (GREY, 'P-')}
     figure, axes = plt.subplots(figsize=(WIDTH, 4))
     for method, (colour, style) in styles.items():
-        rows = [row for row in RESULTS['Quality against evaluations']['rows'] if row['solver'] == method]
+        rows = [row for row in json.loads((RESULTS / 'solvers.json').read_text())['rows'] if row['solver'] == method]
         axes.plot([row['nfe'] for row in rows], [row['frechet'] for row in rows], style, color=colour, label=method)
     axes.text(10.7, 25.6, 'midpoint, 5 steps', color=RED)
     axes.text(221, 30, 'dopri5 at 1e-5', color=GREY, ha='center')
@@ -260,10 +282,11 @@ def solvers():
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     out = str(ROOT / 'assets')
+    runs = 'out-compare'    # of compare.py --dataset=fashion
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
-                                                distance, solvers)}
+                                                distance, clothes, solvers)}
     names = only.split(',') if only else list(figures)
     check(set(names) <= set(figures), f'only takes any of {",".join(figures)}, but it is {only!r}')
     os.makedirs(out, exist_ok=True)

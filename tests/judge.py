@@ -1,12 +1,12 @@
 """
-Judges digits: a small CNN, trained on data/digits, reads generated samples.
+Judges generated samples of a dataset: a small CNN, trained on its images and kept beside it, reads them.
 
-    python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --method=euler --steps=40 --num_samples=2000 --out=X.npz
-    python tests/judge.py X.npz
+    python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --num_samples=2000 --out=X.npz
+    python tests/judge.py --samples=X.npz
 
-Prints its own held-out accuracy, the share of the samples that it reads as their labels, and the Frechet distance
-between its 128 features of the samples and of as many training images (beside it, that of the held-out images: what is
-perfect).
+Prints its own held-out accuracy and, of each file, the share of the samples that it reads as their labels; the Frechet
+distance, precision and recall (k = 3) between its 128 features of the samples and of as many training images. The same
+of 2,000 held-out images is what perfect samples would have.
 """
 import os
 import sys
@@ -17,27 +17,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from configurator import configure  # noqa: E402
 from data import Dataset  # noqa: E402
-from fid import frechet_distance  # noqa: E402
+from fid import frechet_distance, precision_recall  # noqa: E402
+
+EPOCHS = {'digits': 3}      # of other datasets 6
 
 
 class Judge(nn.Module):
-    def __init__(self):
+    def __init__(self, channels, size, n_classes):
         super().__init__()
-        layers, channels = [], 1
+        layers = []
         for width in (32, 64, 128):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             channels = width
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 128), nn.ReLU())
-        self.out = nn.Linear(128, 10)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 128), nn.ReLU())
+        self.out = nn.Linear(128, n_classes)
 
     def forward(self, x):
         return self.out(self.features(x))
 
 
-def train_judge(data, epochs=3):
+def train_judge(data, epochs):
     torch.manual_seed(0)
-    judge, generator = Judge(), torch.Generator().manual_seed(0)
+    judge, generator = Judge(data.meta['channels'], data.meta['size'], len(data.meta['classes'])), torch.Generator()
+    generator.manual_seed(0)
     steps = epochs * data.n_train // 100
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -50,42 +54,52 @@ def train_judge(data, epochs=3):
     return judge.eval()
 
 
-def frechet(a, b):
-    """Frechet distance of Gaussians fitted to two feature sets, (n, d) each."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+def load_judge(data, dataset):
+    """The judge of a dataset of images, trained if it was not yet."""
+    name = os.path.basename(dataset)
+    cache = f'data/judge-{name}.pt'
+    if not os.path.exists(cache):
+        judge = train_judge(data, EPOCHS.get(name, 6))
+        torch.save(judge.state_dict(), cache)
+    judge = Judge(data.meta['channels'], data.meta['size'], len(data.meta['classes']))
+    judge.load_state_dict(torch.load(cache, weights_only=True))
+    return judge.eval()
 
 
 @torch.no_grad()
 def read(judge, x):
-    """Predicted classes and features of images (B, 1, 32, 32) in [-1, 1]."""
+    """Predicted classes and features of images (B, C, H, W) in [-1, 1]."""
     features = torch.cat([judge.features(part) for part in x.split(500)])
-    return judge.out(features).argmax(1).numpy(), features.numpy()
+    return judge.out(features).argmax(1), features
 
 
-def load_judge(data, cache='data/judge.pt'):
-    judge = Judge()
-    if os.path.exists(cache):
-        judge.load_state_dict(torch.load(cache, weights_only=True))
-        return judge.eval()
-    judge = train_judge(data)
-    torch.save(judge.state_dict(), cache)
-    return judge
+def compared(a, b):
+    """Frechet distance of Gaussians fitted to two feature sets, (n, d) each, and precision and recall of the first."""
+    moments = [f(x.double().numpy()) for x in (a, b) for f in (lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False))]
+    return dict(zip(('frechet', 'precision', 'recall'), (frechet_distance(*moments), *precision_recall(a, b))))
+
+
+def judged(judge, data, x, y):
+    """What is printed of images (B, C, H, W) in [-1, 1] and their labels."""
+    predicted, features = read(judge, x)
+    reference = read(judge, data.batch(np.arange(len(x)))[0])[1]
+    return dict(accuracy=(predicted == y).double().mean().item(), **compared(features, reference))
+
+
+def load_samples(file):
+    """Images in [-1, 1] and labels of an .npz of sample.py's."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(arrays['arr_1'])
 
 
 if __name__ == '__main__':
-    data = Dataset('digits')
-    judge = load_judge(data)
-    x, y = data.batch(data.heldout)
-    predicted, held_features = read(judge, x)
-    accuracy = (predicted == y.numpy()).mean()
-    reference = read(judge, data.batch(np.arange(len(x)))[0])[1]
-    print(f'judge: held-out accuracy {accuracy:.4f}, '
-          f'Frechet distance held-out to training images {frechet(held_features, reference):.2f}')
-    for file in sys.argv[1:]:
-        with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays['arr_0'], arrays['arr_1']
-        predicted, features = read(judge, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        print(f'{file}: {len(images)} samples, accuracy {(predicted == labels).mean():.4f}, '
-              f'Frechet distance {frechet(features, reference):.2f}, by class',
-              ' '.join(f'{(predicted[labels == c] == c).mean():.3f}' for c in range(10)))
+    samples = ''            # .npz files of sample.py's, with commas
+    dataset = 'digits'
+    configure(globals())
+    data = Dataset(dataset)
+    judge = load_judge(data, dataset)
+    form = lambda name, x, y: print(f'{name}: {len(x)} images, ' + ', '.join(
+        f'{key} {value:.4f}' for key, value in judged(judge, data, x, y).items()))
+    form('held out', *data.batch(data.heldout[:2000]))
+    for file in filter(None, samples.split(',')):
+        form(file, *load_samples(file))

@@ -1,12 +1,12 @@
 """
-Quality against the number of evaluations, of a digits checkpoint.
+Quality against the number of evaluations, of a checkpoint of digits or another dataset of images.
 
     python tests/solvers.py --ckpt out-digits/ckpt.pt
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --cfg=2 --interval=0.3,0.8
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
 
 For each of `runs`, METHOD:STEPS or METHOD:TOLERANCE, it draws the same class-conditional samples, float32, and prints
-NFE, seconds, accuracy and Frechet distance (tests/judge.py). Three experiments change the model on its way: guidance
+NFE, seconds, accuracy, Frechet distance, precision and recall (tests/judge.py). Three experiments change the model on its way: guidance
 only at times inside `interval`; velocities of residuals projected onto the space of residuals, v - Up(Down(v)); and the
 coarsest scale held on its path to a held-out image of the class, to see how well the others are drawn.
 """
@@ -21,7 +21,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 from configurator import check, configure  # noqa: E402
 from data import Dataset  # noqa: E402
-from judge import frechet, load_judge, read  # noqa: E402
+from judge import judged, load_judge  # noqa: E402
 from model import down, laplacian_pyramid, up  # noqa: E402
 from sample import ADAPTIVE, FIXED, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
@@ -46,6 +46,7 @@ class Changed(torch.nn.Module):
 
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
+    dataset = 'digits'
     runs = ('euler:5,euler:10,euler:20,euler:40,euler:80,midpoint:5,midpoint:10,midpoint:20,heun2:5,heun2:10,heun2:20,'
             'rk4:3,rk4:5,rk4:10,explicit_adams:10,explicit_adams:20,explicit_adams:40,'
             'dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5')
@@ -63,11 +64,11 @@ if __name__ == '__main__':
           f'of {", ".join(ADAPTIVE + FIXED)}')
     checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, 'cpu')
-    data, config = Dataset('digits'), model.config
-    judge, labels = load_judge(data), np.arange(num_samples) % 10
-    reference = read(judge, data.batch(np.arange(num_samples))[0])[1]
+    data, config = Dataset(dataset), model.config
+    judge, labels = load_judge(data, dataset), torch.arange(num_samples) % config.n_classes
+    heldout = [data.heldout[data.labels[data.rows[data.heldout]] == c] for c in range(config.n_classes)]
     changed = Changed(model, cfg, interval, project)
-    print('| solver | NFE | s per 100 images | accuracy | Frechet |\n| --- | --- | --- | --- | --- |')
+    print('| solver | NFE | s per 100 images | accuracy | Frechet | precision | recall |\n' + '| --- ' * 7 + '|')
     for run in runs.split(','):
         method, number = run.split(':')
         settings = dict(tol=float(number)) if method in ADAPTIVE else dict(steps=int(number))
@@ -76,12 +77,13 @@ if __name__ == '__main__':
             index = np.arange(first, min(first + batch_size, num_samples))
             noise = noise_of(seed, index, (config.channels, config.size, config.size))
             if hold_coarsest:
-                image = laplacian_pyramid(data.batch(data.heldout[index])[0], config.K)[-1]
+                truth = [heldout[i % config.n_classes][i // config.n_classes] for i in index]
+                image = laplacian_pyramid(data.batch(truth)[0], config.K)[-1]
                 changed.coarsest = image - laplacian_pyramid(noise, config.K)[-1]
-            x, nfe = generate(changed, noise, torch.from_numpy(labels[index]), method, **settings)
+            x, nfe = generate(changed, noise, labels[index], method, **settings)
             images.append(torch.from_numpy(to_uint8(x)))
             nfes.append(nfe)
         seconds = (time.time() - started) / num_samples * 100
-        predicted, features = read(judge, torch.cat(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        print(f'| {method}, {number} | {np.mean(nfes):.0f} | {seconds:.2f} | {(predicted == labels).mean():.4f} | '
-              f'{frechet(features, reference):.2f} |', flush=True)
+        row = judged(judge, data, torch.cat(images).permute(0, 3, 1, 2).float() / 127.5 - 1, labels)
+        print(f'| {method}, {number} | {np.mean(nfes):.0f} | {seconds:.2f} | {row["accuracy"]:.4f} | '
+              f'{row["frechet"]:.2f} | {row["precision"]:.3f} | {row["recall"]:.3f} |', flush=True)

@@ -550,8 +550,8 @@ def write(folder, meta, labels, **arrays):
 
 @pytest.mark.parametrize('change, sentence', [
     (dict(), ''),
-    (dict(count=5), 'x has other counts than its meta.json'),
-    (dict(classes=['a', 'b']), 'x has labels beyond its classes'),
+    (dict(count=5), 'x is not what its meta.json says'),
+    (dict(classes=['a', 'b']), 'x is not what its meta.json says'),
     (dict(heldout=3), 'x has no images to train on yet'),
     (dict(vae='a VAE'), 'x is not a dataset of data.py, or is damaged'),
 ])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import model as lapflow
 from bench import attention_cost, trajectory_average
 from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, packed_stages, path,
-                   reconstruct, stage_times, states_and_targets, velocity)
+                   reconstruct, stage_times, states_and_targets, up, velocity)
 
 PATHS = ('linear', 'gvp', 'quadratic', 'cubic')
 
@@ -187,8 +187,9 @@ def test_unconditional_shared_network_equals_the_dense_one(shared):
             torch.testing.assert_close(actual[0], expected, atol=1e-10, rtol=0)
 
 
-def test_coarse_outputs_ignore_finer_inputs_bit_for_bit():
-    model = small(double=False)
+@pytest.mark.parametrize('image_tokens', (False, True))
+def test_coarse_outputs_ignore_finer_inputs_bit_for_bit(image_tokens):
+    model = small(double=False, image_tokens=image_tokens)
     x_t, t, y = random_batch(model.config, (4, 4, 4), torch.float32)
     with torch.no_grad():
         full = model(x_t, t, y)
@@ -196,6 +197,20 @@ def test_coarse_outputs_ignore_finer_inputs_bit_for_bit():
         coarse = model([None, None, x_t[2]], t, y)
         assert torch.equal(full[1], other[1]) and torch.equal(full[2], other[2]) and torch.equal(full[2], coarse[2])
         assert not torch.equal(full[0], model([x_t[0], x_t[1], torch.randn_like(x_t[2])], t, y)[0])
+
+
+def test_image_tokens_show_every_scale_the_image_as_far_as_it_is_known():
+    """A model with them does with the states what one without does with the images that the states add up to."""
+    plain = small()
+    model = small(image_tokens=True)
+    model.load_state_dict(plain.state_dict())
+    (fine, middle, coarse), t, y = random_batch(plain.config, (2, 4, 5))
+    image = middle + up(coarse[:4])
+    expected = plain([fine + up(image[:2]), image, coarse], t, y)
+    torch.testing.assert_close(model([fine, middle, coarse], t, y), expected)
+    t, y, coarse = t[:4], y[:4], coarse[:4]
+    torch.testing.assert_close(model([None, middle, coarse], t, y), plain([None, image, coarse], t, y))
+    torch.testing.assert_close(model([None, middle, None], t, y), plain([None, middle, None], t, y))
 
 
 def test_every_scale_sees_time_and_label():

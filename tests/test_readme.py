@@ -2,7 +2,6 @@
 import ast
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
-from model import up
 from test_configurator import script_defaults
-from test_model import small
 
 DOCUMENTS = ('README.md', 'config/README.md', 'tests/README.md')
 TEXT = {}
@@ -181,26 +178,7 @@ def copy_changed(change, folder):
             above = kept = line + '\n'
 
 
-def test_fine_tokens_are_shown_the_image(tmp_path):
-    """The changed model does with the states what the model does with the images that they add up to."""
-    copy_changed(blocks(README, 'diff')[0], tmp_path)
-    changed = runpy.run_path(str(tmp_path / 'model.py'))
-    plain = small()
-    other = changed['LapFlow'](changed['LapFlowConfig'](**vars(plain.config))).double()
-    other.load_state_dict(plain.state_dict())
-    fine, middle, coarse = (torch.randn(B, 3, n, n, dtype=torch.float64) for B, n in ((2, 16), (4, 8), (5, 4)))
-    t, y = torch.rand(5, dtype=torch.float64), torch.randint(6, (5,))
-    image = middle + up(coarse[:4])
-    expected = plain([fine + up(image[:2]), image, coarse], t, y)
-    torch.testing.assert_close(other([fine, middle, coarse], t, y), expected)
-    for k in (1, 2):        # without the finest, and one scale alone
-        x_t = [None] * k + [middle, coarse[:4]][k - 1:]
-        expected = plain([None, image, coarse[:4]] if k == 1 else x_t, t[:4], y[:4])
-        torch.testing.assert_close(other(x_t, t[:4], y[:4])[k:], expected[k:])
-
-
-CHANGES = {'image tokens': (blocks(README, 'diff')[0], []),
-           'quartic': (blocks(README, 'diff')[1], ['--path=quartic']),
+CHANGES = {'quartic': (blocks(README, 'diff')[0], ['--path=quartic']),
            'attributes': (blocks(CONFIG, 'diff')[0], ['--dataset=vectors'])}
 
 

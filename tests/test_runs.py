@@ -1,9 +1,11 @@
 """
 The paper's configs end to end at reduced width and grid: images, a VAE's latents, training, samples decoded to PNG.
 """
+import gzip
 import os
 import runpy
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, finish, run_in, start_two
+from data import Dataset
 
 SMALL = ('--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--epochs=0', '--max_iters=3', '--eval_interval=3',
          '--log_interval=1', '--sample_images=2', '--eval_images=8', '--method=midpoint', '--steps=6', '--device=cpu',
@@ -53,6 +56,32 @@ def test_every_config_prepares_trains_and_samples(config, latents, run, tmp_path
     assert (checkpoint['ema'] is not None) == config.startswith('imagenet')
     assert checkpoint['model_args']['n_classes'] == (1000 if config.startswith('imagenet') else 0)
     assert (checkpoint['model_args']['size'], checkpoint['model_args']['channels']) == (16, 4)
+
+
+def test_fashion_mnist_from_its_four_files_to_a_picture(tmp_path, monkeypatch):
+    """The format of idx files is written here by struct: a magic number, lengths, bytes."""
+    monkeypatch.chdir(tmp_path)
+    images, labels, first = np.zeros((70_000, 28, 28), np.uint8), np.arange(70_000) % 10, 0
+    images[:, 0, 27], images[:, 27, 0] = labels + 1, np.arange(70_000) % 251
+    for part, count in (('train', 60_000), ('t10k', 10_000)):
+        rows, first = slice(first, first + count), first + count
+        with gzip.open(f'{part}-images-idx3-ubyte.gz', 'wb', 1) as f:
+            f.write(struct.pack('>4i', 2051, count, 28, 28) + images[rows].tobytes())
+        with gzip.open(f'{part}-labels-idx1-ubyte.gz', 'wb', 1) as f:
+            f.write(struct.pack('>2i', 2049, count) + labels[rows].astype(np.uint8).tobytes())
+    whole = (tmp_path / 't10k-images-idx3-ubyte.gz').read_bytes()
+    for content in (whole[:1000], gzip.compress(b'no idx file'), None):
+        (tmp_path / 't10k-images-idx3-ubyte.gz').write_bytes(content or whole)
+        message = run_in(tmp_path, 'tests/fashion.py')
+        assert message == '' if content is None else 'four files' in message and '\n' not in message
+    data = Dataset('fashion')
+    assert (data.n_train, len(data.heldout), data.labels.tolist()) == (60_000, 10_000, labels.tolist())
+    assert data.array.shape == (70_000, 32, 32, 1) and data.array.sum(dtype=int) == images.sum(dtype=int)
+    assert (data.array[:, 2:30, 2:30, 0] == images).all()
+    small = '--width=32', '--depth=1', '--heads=2', '--max_iters=1', '--sample_images=10', '--eval_images=8'
+    assert run_in(tmp_path, 'train.py', 'config/fashion.py', *small) == ''
+    assert run_in(tmp_path, 'sample.py', '--ckpt', 'out-fashion/ckpt.pt', '--num_samples=20') == ''
+    assert Image.open('out-fashion/samples.png').size == (320, 64)
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +145,7 @@ def test_a_vae_that_does_not_fit_the_checkpoint_is_refused(latent_run, vae_folde
 def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     """Losses and weights of ten more iterations agree to rounding with those of one process all the way."""
     command = lambda out, iterations: [*LATENT, '--eval_interval=20', f'--max_iters={iterations}', f'--out_dir={out}',
-                                       '--decay_lr=False']
+                                       '--min_lr=2e-4']
     assert run_in(latent_run, *command('one', 14)) == '' == run_in(latent_run, *command('mixed', 4))
     assert 'resuming mixed/ckpt.pt at iteration 4' in finish(*start_two(latent_run, *command('mixed', 14)))
     logs = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True) for out in ('one', 'mixed')]

@@ -97,7 +97,7 @@ def test_a_lost_log_is_written_anew_from_the_checkpoint(trained, run, tmp_path):
 
 def test_a_resumed_run_takes_the_new_settings_of_the_optimizer(trained, run, tmp_path):
     shutil.copy(trained / 'ckpt.pt', tmp_path)
-    new = ('--beta1=0.8', '--beta2=0.9', '--weight_decay=0.5', '--learning_rate=1e-3', '--decay_lr=False')
+    new = ('--beta1=0.8', '--beta2=0.9', '--weight_decay=0.5', '--learning_rate=1e-3', '--min_lr=1e-3')
     printed, message = run('train.py', *TINY, f'--out_dir={tmp_path}', '--max_iters=8', '--eval_interval=1', *new)
     assert message == '' and 'weight_decay is 0.0 there and 0.5 here' in printed
     group, = load(tmp_path)['optimizer']['param_groups']
@@ -159,12 +159,13 @@ def test_processes_and_accumulation_change_nothing_but_rounding(how, trained, wo
 @pytest.mark.parametrize('changes', (
     ('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3'),
     ('--T=()', '--mask=none', '--ema_decay=0.0'),
+    ('--T=0.67,0.33', '--patch=2', '--image_tokens=True'),
     ('--mask=self', '--n_classes=0', '--cfg=1', '--shared=ffn,mod'),
     ('--path=gvp', '--mask=none', '--dtype=bfloat16'),
     ('pyramidal', '--T=0.67,0.33', '--patch=2', '--shared=qkv,proj,ffn,mod'),
     ('edify', '--path=quadratic', '--n_classes=0', '--cfg=1'),
     ('--T=0.75,0.5,0.25', '--patch=2', '--path=cubic', '--shared=qkv,proj'),
-    ('--T=0.3', '--checkpoint_blocks=True', '--decay_lr=False', '--grad_clip=0.0', '--epochs=1', '--batch_size=60'),
+    ('--T=0.3', '--checkpoint_blocks=True', '--min_lr=1e-2', '--grad_clip=0.0', '--epochs=1', '--batch_size=60'),
 ))
 def test_variants_train_and_sample_from_their_checkpoint_alone(changes, run, tmp_path):
     flow, changes = (changes[:1], changes[1:]) if changes[0] in ('pyramidal', 'edify') else ((), changes)
@@ -412,8 +413,8 @@ def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     ('sample.py', ['--trajectory=True', '--out=x.npz'], ('.png',)),
     ('train.py', ['--dtype=float8'], ('dtype',)),
     ('train.py', ['--method=heun'], ('method',)),
-    ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('another model', 'width', '32', '64')),
-    ('train.py', ['--out_dir=out-whole', '--T=0.25', '--max_iters=12'], ('another model', 'T')),
+    ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('is of other settings', 'width', '32', '64')),
+    ('train.py', ['--out_dir=out-whole', '--T=0.25', '--max_iters=12'], ('is of other settings', 'T')),
     ('sample.py', ['--ckpt', 'no.pt'], ('no.pt', 'train')),
     ('sample.py', ['--ckpt', 'data/digits/meta.json'], ('meta.json', 'not a checkpoint')),
     ('sample.py', ['--ckpt', 'other.pt'], ('other.pt', 'not a checkpoint', 'model_args')),
@@ -448,7 +449,7 @@ def test_guidance_and_classes_are_refused_on_an_unconditional_model(run, tmp_pat
 def test_a_checkpoint_of_another_dataset_is_refused(trained, run, workplace, tmp_path):
     make_digits(str(tmp_path / 'other'), train=100, heldout=20)
     _, message = run('train.py', *TINY, '--out_dir=out-whole', f'--dataset={tmp_path}/other', '--max_iters=12')
-    assert 'another dataset' in message and 'count' in message
+    assert 'is of other settings or data' in message and 'count' in message
 
 
 def test_a_diverged_run_stops_with_a_sentence_and_keeps_its_checkpoint(run, tmp_path):
