@@ -218,7 +218,7 @@ def details():
 def finish(axes, xlabel, x_ticks, y_ticks, title):
     """Labels, ticks and legend of a plot of Frechet distances over a logarithmic axis."""
     axes.set(xscale='log', xlabel=xlabel, ylabel='Fréchet distance, lower is better')
-    axes.set_xticks(x_ticks, [f'{x:,}' for x in x_ticks])
+    axes.set_xticks(x_ticks, x_ticks)
     axes.set_yticks(y_ticks, y_ticks)
     axes.minorticks_off()
     axes.grid(axis='y', color=PALE)
@@ -235,14 +235,17 @@ def distance():
         rows = [row for run in runs if run['system'] == system for row in run['rows']]
         points = sorted({row['point'] for row in rows})
         of_points = [[row for row in rows if row['point'] == point] for point in points]
-        x = [of_point[0]['flops'] / 1e15 * 1.012 ** (i - 2.5) for of_point in of_points]    # a little apart, for the bars
+        x = [of_point[0]['flops'] / 1e12 * 1.012 ** (i - 2.5) for of_point in of_points]    # a little apart, for the bars
         y = [np.mean([row['frechet'] for row in of_point]) for of_point in of_points]
         bars = [np.std([row['frechet'] for row in of_point], ddof=1) if len(of_point) > 1 else np.nan
                 for of_point in of_points]
         axes.plot(x, y, style, color=colour, label=label)
         axes.errorbar(x, y, bars, color=colour, fmt='none', capsize=4)
     axes.set(yscale='log')
-    finish(axes, 'training, PFLOPs', X_TICKS, Y_TICKS, 'bars: deviation of three seeds; without: seed 0')
+    finish(axes, "training, TFLOPs; below, LapFlow's iterations", [], (50, 70, 100, 150, 200, 300),
+           'bars: deviation of three seeds; without: seed 0')
+    ticks = {row['flops'] / 1e12: row['point'] for run in runs if run['system'] == 'lapflow' for row in run['rows']}
+    axes.set_xticks([*ticks], [f'{flops:.0f}\n{point:,}' for flops, point in ticks.items()])
     save(figure, 'distance')
 
 
