@@ -9,8 +9,8 @@ T = (0.5,)
 image_tokens = True     # not the paper's, but sharper strokes: see tests/README.md
 
 batch_size = 32
-max_iters = 1800
-eval_interval = 600
+max_iters = 2100
+eval_interval = 700
 learning_rate = 3e-3
 min_lr = 3e-5
 warmup_iters = 50
