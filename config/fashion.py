@@ -5,19 +5,18 @@
 #   python sample.py --ckpt out-fashion/ckpt.pt
 out_dir = 'out-fashion'
 dataset = 'fashion'
-
 patch = 4
 width = 128
 depth = 4
 heads = 4
 T = (0.5,)
-image_tokens = True         # not the paper's
+image_tokens = True     # not the paper's: see tests/README.md
 
-batch_size = 64
-max_iters = 4000
-eval_interval = 1000
-learning_rate = 2e-3
-min_lr = 2e-5
+batch_size = 32
+max_iters = 8000
+eval_interval = 2000
+learning_rate = 3e-3
+min_lr = 3e-5
 warmup_iters = 50
 beta2 = 0.99
 ema_decay = 0.999
@@ -25,4 +24,3 @@ ema_decay = 0.999
 method = 'midpoint'
 steps = 10
 cfg = 2.0
-compile = False
