@@ -6,6 +6,7 @@ training FLOPs.
     python tests/compare.py --dataset=fashion --seeds=3 --points=500,1000       # three seeds, the beginning only
     python tests/compare.py --dataset=fashion --patch=2 --out_dir=out-patch2
     python tests/compare.py --only=ablations --points=1000
+    python tests/compare.py --dataset=fashion --only=changes --points=1000      # to image tokens and to EdifyImage
 
 The learning rate is constant and the EMA is judged: so a short run is the beginning of a long one, and no budget has to
 be chosen beforehand. `points` are LapFlow's iterations; the others train as many as cost the same (forward FLOPs of a
@@ -35,13 +36,20 @@ SYSTEMS = {'lapflow': {}, 'image tokens': dict(image_tokens=True), 'three scales
            'single scale': dict(T=()), 'pyramidal': dict(flow='pyramidal', shared='qkv,proj,ffn,mod'),
            'edify': dict(flow='edify')}
 ABLATIONS = {
-    'lapflow': {}, '2g 1 scale': dict(T=()), '2g 3 scales': dict(T=(0.67, 0.33)), '2g 4 scales': dict(T=(0.75, 0.5, 0.25)),
+    'lapflow': {},
+    '2g 1 scale': dict(T=()), '2g 3 scales': dict(T=(0.67, 0.33)), '2g 4 scales': dict(T=(0.75, 0.5, 0.25)),
     '2b 2c mask self': dict(mask='self'), '2c mask none': dict(mask='none'), '2d T=0.1': dict(T=(0.1,)),
     '2d T=0.2': dict(T=(0.2,)), '2d T=0.9': dict(T=(0.9,)), '2f GVP': dict(path='gvp'), 'D cubic': dict(path='cubic'),
     'D quadratic': dict(path='quadratic'), '2f 1 scale with GVP': dict(T=(), path='gvp'),
     '5 T=0.9 0.33': dict(T=(0.9, 0.33)), '5 T=0.67 0.1': dict(T=(0.67, 0.1)),
     'ffn and mod shared': dict(shared='ffn,mod'), 'all shared': dict(shared='qkv,proj,ffn,mod')}
-VARIANTS = SYSTEMS | ABLATIONS
+CHANGES = {
+    'image tokens': dict(image_tokens=True), 'image 3 scales': dict(image_tokens=True, T=(0.67, 0.33)),
+    'image T=0.3': dict(image_tokens=True, T=(0.3,)), 'image T=0.7': dict(image_tokens=True, T=(0.7,)),
+    'image mask none': dict(image_tokens=True, mask='none'),
+    'image all shared': dict(image_tokens=True, shared='qkv,proj,ffn,mod'),
+    'edify 3 scales': dict(flow='edify', T=(0.67, 0.33))}
+VARIANTS = SYSTEMS | ABLATIONS | CHANGES
 NETWORK = dict(width=128, depth=4, heads=4)
 TRAINING = ('--batch_size=64 --learning_rate=2e-3 --min_lr=2e-3 --warmup_iters=50 --beta2=0.99 --ema_decay=0.999 '
             '--eval_interval=100_000 --log_interval=100 --sample_images=10 --compile=False').split()
@@ -86,7 +94,7 @@ def judge_at(point, name, seed, before):
 
 if __name__ == '__main__':
     dataset = 'digits'
-    only = 'systems'        # or 'ablations', or names of either, with commas
+    only = 'systems'        # 'ablations', 'changes' to image tokens, or names of any of them, with commas
     seeds = 1               # 0, 1, ...
     points = (500.0, 1000.0, 2000.0, 4000.0)
     patch = 4
@@ -95,9 +103,10 @@ if __name__ == '__main__':
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
     configure(globals())
-    names = {'systems': SYSTEMS, 'ablations': ABLATIONS}.get(only, only.split(','))
+    names = {'systems': SYSTEMS, 'ablations': ABLATIONS, 'changes': CHANGES}.get(only, only.split(','))
     for name in names:
-        check(name in VARIANTS, f'there is no variant {name!r}: only takes systems, ablations or {", ".join(VARIANTS)}')
+        check(name in VARIANTS, f'there is no variant {name!r}: only takes systems, ablations, changes or any of '
+              f'{", ".join(VARIANTS)}')
     claim(out_dir, 'settings.json', dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra))
     data = Dataset(dataset)
     judge = load_judge(data, dataset)

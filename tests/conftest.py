@@ -123,8 +123,9 @@ def finish(jobs, output):
 
 
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
-        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=12', '--method=euler', '--steps=4',
-        '--image_tokens=False', '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
+        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=12', '--method=euler',
+        '--steps=4', '--image_tokens=False', '--dtype=float32', '--device=cpu', '--warmup_iters=0',
+        '--learning_rate=1e-2')
 
 
 @pytest.fixture(scope='session')

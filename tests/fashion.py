@@ -20,7 +20,7 @@ CLASSES = ['t-shirt', 'trousers', 'pullover', 'dress', 'coat', 'sandal', 'shirt'
 
 
 def read_idx(file):
-    """The uint8 array in an idx file: two zeros, the type 8, the number of axes, their lengths, 4 bytes each, and it."""
+    """The array of bytes in an idx file: two zeros, the type 8, the number of axes, their lengths (int32), and it."""
     content = gzip.decompress(Path(file).read_bytes())
     assert content[:3] == b'\0\0\x08', 'it holds no bytes'
     start = 4 + 4 * content[3]

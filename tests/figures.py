@@ -11,7 +11,7 @@ trajectory.png  a digit through time, as sample.py --trajectory=True draws it
 digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
-clothes.png     real pictures beside those of two of its runs, in a folder: --runs=out-compare
+clothes.png     real pictures beside those of two of its runs (--runs=out-compare) and of config/fashion.py
 solvers.png     Frechet distance against evaluations, from results/solvers.json
 
 The same checkpoint gives the same pictures on the same machine."""
@@ -235,7 +235,7 @@ def distance():
         rows = [row for run in runs if run['system'] == system for row in run['rows']]
         points = sorted({row['point'] for row in rows})
         of_points = [[row for row in rows if row['point'] == point] for point in points]
-        x = [of_point[0]['flops'] / 1e12 * 1.012 ** (i - 2.5) for of_point in of_points]    # a little apart, for the bars
+        x = [of_point[0]['flops'] / 1e12 * 1.006 ** (i - 2.5) for of_point in of_points]    # apart, for the bars
         y = [np.mean([row['frechet'] for row in of_point]) for of_point in of_points]
         bars = [np.std([row['frechet'] for row in of_point], ddof=1) if len(of_point) > 1 else np.nan
                 for of_point in of_points]
@@ -254,10 +254,13 @@ def clothes():
     y = torch.from_numpy(data.labels[data.rows[data.heldout]])
     first = [data.heldout[y == c][:2] for c in range(10)]
     images['real'] = to_uint8(data.batch(np.stack(first, 1).flatten())[0])
-    for label, system in (('LapFlow', 'lapflow'), ('image tokens', 'image tokens'), ('single scale', 'single scale')):
-        checkpoint = load_checkpoint(f'{runs}/{system.replace(" ", "-")}-0/ckpt.pt')
-        solver = dict(method='midpoint', steps=10, tol=1e-5, cfg=2.0)
-        images[label] = draw(load_model(checkpoint, 'cpu'), None, checkpoint['data'], 0, range(20), nullcontext(), **solver)[0]
+    drawn = {'LapFlow': f'{runs}/lapflow-0/ckpt.pt', 'single scale': f'{runs}/single-scale-0/ckpt.pt',
+             'config/fashion.py': fashion}
+    for label, file in drawn.items():
+        checkpoint = load_checkpoint(file)
+        model = load_model(checkpoint, 'cpu')
+        images[label] = draw(model, None, checkpoint['data'], 0, range(20), nullcontext(), method='midpoint', steps=10,
+                             tol=1e-5, cfg=2.0)[0]
     figure, panels = plt.subplots(len(images), 1, figsize=(WIDTH, 1.75 * len(images)))
     for panel, (label, pictures) in zip(panels, images.items()):
         grid = pictures[..., 0].reshape(2, 10, 32, 32).transpose(0, 2, 1, 3).reshape(64, 320)
@@ -286,6 +289,7 @@ if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     out = str(ROOT / 'assets')
     runs = 'out-compare'    # of compare.py --dataset=fashion
+    fashion = 'out-fashion/ckpt.pt'     # of train.py config/fashion.py
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,

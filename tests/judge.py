@@ -89,7 +89,8 @@ def judged(judge, data, x, y):
 def load_samples(file):
     """Images in [-1, 1] and labels of an .npz of sample.py's."""
     with np.load(file, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(arrays['arr_1'])
+        images, labels = (torch.from_numpy(arrays[name]) for name in ('arr_0', 'arr_1'))
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 
 if __name__ == '__main__':

@@ -6,9 +6,10 @@ Quality against the number of evaluations, of a checkpoint of digits or another 
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
 
 For each of `runs`, METHOD:STEPS or METHOD:TOLERANCE, it draws the same class-conditional samples, float32, and prints
-NFE, seconds, accuracy, Frechet distance, precision and recall (tests/judge.py). Three experiments change the model on its way: guidance
-only at times inside `interval`; velocities of residuals projected onto the space of residuals, v - Up(Down(v)); and the
-coarsest scale held on its path to a held-out image of the class, to see how well the others are drawn.
+NFE, seconds, accuracy, Frechet distance, precision and recall (tests/judge.py). Three experiments change the model on
+its way: guidance only at times inside `interval`; velocities of residuals projected onto the space of residuals,
+v - Up(Down(v)); and the coarsest scale held on its path to a held-out image of the class, to see how well the others
+are drawn.
 """
 import os
 import sys

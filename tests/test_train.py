@@ -413,7 +413,7 @@ def test_the_trajectory_ends_in_the_sample(trained, run, tmp_path):
     ('sample.py', ['--trajectory=True', '--out=x.npz'], ('.png',)),
     ('train.py', ['--dtype=float8'], ('dtype',)),
     ('train.py', ['--method=heun'], ('method',)),
-    ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('is of other settings', 'width', '32', '64')),
+    ('train.py', ['--out_dir=out-whole', '--width=64', '--max_iters=12'], ('of other settings', 'width', '32', '64')),
     ('train.py', ['--out_dir=out-whole', '--T=0.25', '--max_iters=12'], ('is of other settings', 'T')),
     ('sample.py', ['--ckpt', 'no.pt'], ('no.pt', 'train')),
     ('sample.py', ['--ckpt', 'data/digits/meta.json'], ('meta.json', 'not a checkpoint')),
