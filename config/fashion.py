@@ -24,3 +24,4 @@ ema_decay = 0.999
 method = 'midpoint'
 steps = 10
 cfg = 2.0
+compile = False

@@ -12,7 +12,7 @@ The learning rate is constant and the EMA is judged: so a short run is the begin
 be chosen beforehand. `points` are LapFlow's iterations; the others train as many as cost the same (forward FLOPs of a
 packed batch, by torch's counter). At every point the run stops, draws class-conditional samples without guidance, is
 judged by tests/judge.py, and goes on. Run the command again, with other points if you like, to go on where it stopped:
-checkpoints stay in out_dir, results in one JSON file per run, which tests/figures.py reads.
+checkpoints stay in out_dir, results in one JSON file per run. tests/figures.py reads copies of them in tests/results.
 """
 import json
 import os
@@ -82,6 +82,9 @@ def judge_at(point, name, seed, before):
     settings = [f'--{key}={value}' for key, value in (NETWORK | dict(patch=patch) | args).items() if key != 'flow']
     run('train.py', log, flow, *settings, *TRAINING, *extra.split(), f'--dataset={dataset}', f'--seed={seed}',
         f'--out_dir={folder}', f'--max_iters={iterations}')
+    reached = torch.load(f'{folder}/ckpt.pt', weights_only=True)['iter_num']
+    check(reached == iterations, f'{folder}/ckpt.pt is at iteration {reached}, not {iterations}: if it was stopped, '
+          'run the same command again; if it is past that point, give another --out_dir')
     run('sample.py', log, flow, '--ckpt', f'{folder}/ckpt.pt', '--cfg=1', '--method=midpoint', '--steps=10',
         f'--num_samples={num_samples}', '--dtype=auto', f'--out={folder}/samples.npz')
     row = dict(point=point, iterations=iterations, flops=3 * flops * iterations,
@@ -99,7 +102,7 @@ if __name__ == '__main__':
     points = (500.0, 1000.0, 2000.0, 4000.0)
     patch = 4
     num_samples = 2000      # to be judged
-    extra = ''              # more settings of train.py for all, with spaces between them
+    extra = ''              # more settings of train.py for all, with spaces between them; not the batch size
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
     configure(globals())

@@ -4,7 +4,7 @@ https://github.com/zalandoresearch/fashion-mnist links: 70,000 grey pictures of 
 
     python tests/fashion.py --source=DOWNLOADS
 
-The pictures get a border of 2 black pixels: 32 x 32. Their 10,000 of the test set, t10k, are held out.
+The pictures get a border of 2 black pixels: 32 x 32. The 10,000 of the test set, t10k, are held out.
 """
 import gzip
 import os

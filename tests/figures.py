@@ -11,8 +11,8 @@ trajectory.png  a digit through time, as sample.py --trajectory=True draws it
 digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
-clothes.png     real pictures beside those of two of its runs (--runs=out-compare) and of config/fashion.py
 solvers.png     Frechet distance against evaluations, from results/solvers.json
+clothes.png     real pictures beside those of two runs of compare.py (--runs=out-compare) and of config/fashion.py
 
 The same checkpoint gives the same pictures on the same machine."""
 import io
@@ -293,7 +293,7 @@ if __name__ == '__main__':
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
-                                                distance, clothes, solvers)}
+                                                distance, solvers, clothes)}
     names = only.split(',') if only else list(figures)
     check(set(names) <= set(figures), f'only takes any of {",".join(figures)}, but it is {only!r}')
     os.makedirs(out, exist_ok=True)

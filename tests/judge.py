@@ -1,5 +1,5 @@
 """
-Judges generated samples of a dataset: a small CNN, trained on its images and kept beside it, reads them.
+Judges generated samples of a dataset: a small CNN, trained on its images and kept as data/judge-NAME.pt, reads them.
 
     python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --num_samples=2000 --out=X.npz
     python tests/judge.py --samples=X.npz
@@ -56,7 +56,7 @@ def train_judge(data, epochs):
 
 def load_judge(data, dataset):
     """The judge of a dataset of images, trained if it was not yet."""
-    name = os.path.basename(dataset)
+    name = os.path.basename(os.path.normpath(dataset))
     cache = f'data/judge-{name}.pt'
     if not os.path.exists(cache):
         judge = train_judge(data, EPOCHS.get(name, 6))

@@ -248,8 +248,8 @@ def test_dropped_labels_train_the_null_label_and_no_other(run, tmp_path):
 
 
 def test_learning_rate_and_ema_are_their_closed_forms(run, tmp_path):
-    run('train.py', *TINY, '--max_iters=8', '--warmup_iters=3', '--ema_decay=0.5', '--eval_interval=1',
-        f'--out_dir={tmp_path}')
+    run('train.py', *TINY, '--max_iters=8', '--warmup_iters=3', '--min_lr=2e-5', '--ema_decay=0.5',
+        '--eval_interval=1', f'--out_dir={tmp_path}')
     rates = [float(row['lr']) for row in losses(tmp_path)]
     cosine = [2e-5 + (1e-2 - 2e-5) * (1 + np.cos(np.pi * i / 5)) / 2 for i in range(5)]
     np.testing.assert_allclose(rates, [2.5e-3, 5e-3, 7.5e-3, *cosine], rtol=1e-5)
