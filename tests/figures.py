@@ -287,7 +287,7 @@ def solvers():
 
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
-    out = str(ROOT / 'assets')
+    out = 'assets'
     runs = 'out-compare'    # of compare.py --dataset=fashion
     fashion = 'out-fashion/ckpt.pt'     # of train.py config/fashion.py
     only = ''               # names of figures, with commas; '' makes all
