@@ -6,7 +6,7 @@ width = 128
 depth = 4
 heads = 4
 T = (0.5,)
-image_tokens = True     # not the paper's, but sharper strokes: see tests/README.md
+image_tokens = True     # not the paper's, but a smaller distance: see tests/README.md
 
 batch_size = 32
 max_iters = 2100

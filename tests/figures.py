@@ -216,9 +216,9 @@ def details():
 
 
 def finish(axes, xlabel, x_ticks, y_ticks, title):
-    """Labels, ticks and legend of a plot of Frechet distances over a logarithmic axis."""
+    """Labels, ticks and legend of a plot of Frechet distances over a log axis; x_ticks maps places to labels."""
     axes.set(xscale='log', xlabel=xlabel, ylabel='Fréchet distance, lower is better')
-    axes.set_xticks(x_ticks, x_ticks)
+    axes.set_xticks([*x_ticks], x_ticks.values())
     axes.set_yticks(y_ticks, y_ticks)
     axes.minorticks_off()
     axes.grid(axis='y', color=PALE)
@@ -242,10 +242,10 @@ def distance():
         axes.plot(x, y, style, color=colour, label=label)
         axes.errorbar(x, y, bars, color=colour, fmt='none', capsize=4)
     axes.set(yscale='log')
-    finish(axes, "training, TFLOPs; below, LapFlow's iterations", [], (50, 70, 100, 150, 200, 300),
+    ticks = {row['flops'] / 1e12: f'{row["flops"] / 1e12:.0f}\n{row["point"]:,}'
+             for run in runs if run['system'] == 'lapflow' for row in run['rows']}
+    finish(axes, "training, TFLOPs; below, LapFlow's iterations", ticks, (50, 70, 100, 150, 200, 300),
            'bars: deviation of three seeds; without: seed 0')
-    ticks = {row['flops'] / 1e12: row['point'] for run in runs if run['system'] == 'lapflow' for row in run['rows']}
-    axes.set_xticks([*ticks], [f'{flops:.0f}\n{point:,}' for flops, point in ticks.items()])
     save(figure, 'distance')
 
 
@@ -280,7 +280,7 @@ def solvers():
     axes.text(10.7, 25.6, 'midpoint, 5 steps', color=RED)
     axes.text(221, 30, 'dopri5 at 1e-5', color=GREY, ha='center')
     axes.set(xlim=(4.3, 330), ylim=(24, 48))
-    finish(axes, 'evaluations of the model (NFE)', (5, 10, 20, 40, 80, 160, 320), (25, 30, 35, 40, 45),
+    finish(axes, 'evaluations of the model (NFE)', {x: x for x in (5, 10, 20, 40, 80, 160, 320)}, (25, 30, 35, 40, 45),
            'one network, 1,000 samples')
     save(figure, 'solvers')
 
