@@ -2,6 +2,7 @@
 The paper's configs end to end at reduced width and grid: images, a VAE's latents, training, samples decoded to PNG.
 """
 import gzip
+import json
 import os
 import runpy
 import shutil
@@ -82,6 +83,22 @@ def test_fashion_mnist_from_its_four_files_to_a_picture(tmp_path, monkeypatch):
     assert run_in(tmp_path, 'train.py', 'config/fashion.py', *small) == ''
     assert run_in(tmp_path, 'sample.py', '--ckpt', 'out-fashion/ckpt.pt', '--num_samples=20') == ''
     assert Image.open('out-fashion/samples.png').size == (320, 64)
+
+
+def test_a_run_judged_on_its_way_is_the_run_straight_to_its_end(workplace, run):
+    """compare.py, with as many FLOPs for both systems."""
+    args = ('tests/compare.py', '--extra=--device=cpu --eval_images=8 --warmup_iters=0', '--num_samples=10',
+            '--workers=2')
+    rows_of = lambda folder, name: json.loads((workplace / folder / f'{name}-0.json').read_text())['rows']
+    printed, message = run(*args, '--points=4', '--only=lapflow,edify', '--out_dir=out-straight')
+    assert message == '' and '| edify | 1 | 4 |' in printed
+    [ours], [others] = (rows_of('out-straight', name) for name in ('lapflow', 'edify'))
+    assert ours['iterations'] == 4 and abs(ours['flops'] / others['flops'] - 1) <= 0.5 / others['iterations']
+    # Point 3 comes last here: a checkpoint past a point is not judged as the point
+    message = run(*args, '--points=2,4,3', '--only=edify', '--out_dir=out-curve')[1]
+    assert 'is at iteration 5, not 4' in message and '--out_dir' in message and '\n' not in message
+    assert [row['point'] for row in rows_of('out-curve', 'edify')] == [2, 4]
+    assert rows_of('out-curve', 'edify')[1] == others
 
 
 @pytest.fixture(scope='module')
