@@ -12,7 +12,7 @@ digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
-clothes.png     real pictures beside those of two runs of compare.py (--runs=out-compare) and of config/fashion.py
+clothes.png     real pictures beside those of two runs of compare.py (--runs=out-compare) and two of config/fashion.py
 
 The same checkpoint gives the same pictures on the same machine."""
 import io
@@ -254,8 +254,8 @@ def clothes():
     y = torch.from_numpy(data.labels[data.rows[data.heldout]])
     first = [data.heldout[y == c][:2] for c in range(10)]
     images['real'] = to_uint8(data.batch(np.stack(first, 1).flatten())[0])
-    drawn = {'LapFlow': f'{runs}/lapflow-0/ckpt.pt', 'single scale': f'{runs}/single-scale-0/ckpt.pt',
-             'config/fashion.py': fashion}
+    files = f'{runs}/lapflow-0/ckpt.pt', f'{runs}/single-scale-0/ckpt.pt', *fashion.split(',')
+    drawn = dict(zip(('LapFlow', 'single scale', '15 minutes', 'an hour'), files))
     for label, file in drawn.items():
         checkpoint = load_checkpoint(file)
         model = load_model(checkpoint, 'cpu')
@@ -289,7 +289,7 @@ if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     out = 'assets'
     runs = 'out-compare'    # of compare.py --dataset=fashion
-    fashion = 'out-fashion/ckpt.pt'     # of train.py config/fashion.py
+    fashion = 'out-fashion/ckpt.pt,out-hour/ckpt.pt'    # of config/README.md's two commands
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
