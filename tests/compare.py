@@ -99,7 +99,7 @@ if __name__ == '__main__':
     dataset = 'digits'
     only = 'systems'        # 'ablations', 'changes' to image tokens, or names of any of them, with commas
     seeds = 1               # 0, 1, ...
-    points = (500.0, 1000.0, 2000.0, 4000.0)
+    points = (500.0, 1000.0, 2000.0, 4000.0, 8000.0)
     patch = 4
     num_samples = 2000      # to be judged
     extra = ''              # more settings of train.py for all, with spaces between them; not the batch size

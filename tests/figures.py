@@ -245,7 +245,7 @@ def distance():
     ticks = {row['flops'] / 1e12: f'{row["flops"] / 1e12:.0f}\n{row["point"]:,}'
              for run in runs if run['system'] == 'lapflow' for row in run['rows']}
     finish(axes, "training, TFLOPs; below, LapFlow's iterations", ticks, (50, 70, 100, 150, 200, 300),
-           'bars: deviation of three seeds;\nwithout: seed 0')
+           '500 and 1,000: three seeds, with\ntheir deviation; later: seed 0')
     save(figure, 'distance')
 
 
