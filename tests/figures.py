@@ -289,7 +289,7 @@ if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     out = 'assets'
     runs = 'out-compare'    # of compare.py --dataset=fashion
-    fashion = 'out-fashion/ckpt.pt,out-hour/ckpt.pt'    # of config/README.md's two commands
+    fashion = 'out-fashion/ckpt.pt,out-hour/ckpt.pt'    # config/README.md's: 15 minutes, an hour
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
