@@ -198,7 +198,7 @@ def details():
     noise, y = noise_of(1, range(rows * variants), (1, 32, 32)), torch.arange(rows).repeat_interleave(variants)
     fine, coarse = laplacian_pyramid(noise, 2)
     noise = reconstruct([fine, coarse[::variants].repeat_interleave(variants, 0)])
-    x = generate(model, noise, y, 'euler', 40, frames=frames)[0].clamp(-1, 1)
+    x = generate(model, noise, y, 'euler', 40, cfg=2, frames=frames)[0].clamp(-1, 1)
     deviation = 127.5 * x.unflatten(0, (rows, variants)).std(1)
     most = 10 * math.ceil(deviation.max() / 10)
     figure, axes = plt.subplots(rows, shown + 2, figsize=(WIDTH, 4.7))

@@ -145,7 +145,8 @@ def run_block(code, trained, monkeypatch):
 
 def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, monkeypatch):
     variables, frames = run_block(blocks(README, 'python')[0], trained, monkeypatch), []
-    x, _ = variables['generate'](variables['model'], variables['noise'], variables['y'], 'euler', 40, frames=frames)
+    model, noise, y = (variables[name] for name in ('model', 'noise', 'y'))
+    x, _ = variables['generate'](model, noise, y, 'euler', 40, cfg=2, frames=frames)
     assert torch.equal(x, variables['x'])
     fine, coarse = (state.unflatten(0, (4, 10)) for state in frames[-1][1])
     assert (coarse - coarse[:, :1]).abs().max() < 1e-5 and (coarse[1:, 0] - coarse[:-1, 0]).abs().max() > 0.1
