@@ -5,7 +5,7 @@ patch = 4
 width = 128
 depth = 3
 heads = 4
-T = (0.4,)              # the paper's 0.5 misreads more digits in so short a training: see tests/README.md
+T = (0.4,)              # with the paper's 0.5 more digits are misread after so short a training: see tests/README.md
 image_tokens = True     # not the paper's, but a smaller distance: see tests/README.md
 
 batch_size = 64
