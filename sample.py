@@ -1,100 +1,145 @@
 """Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
-    python sample.py --ckpt out-digits/ckpt.pt                                  # a picture beside the checkpoint
-    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz          # ADM's: arr_0 uint8 NHWC, arr_1 labels
-    python sample.py --ckpt CKPT --num_samples=100 --out=samples/               # one PNG each
-    python sample.py --ckpt CKPT --trajectory=True                              # the pyramid through t, as in Figure 1
+    python sample.py --ckpt out-digits/ckpt.pt                              # beside the checkpoint
+    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz      # ADM's: arr_0, arr_1
+    python sample.py --ckpt CKPT --num_samples=100 --out=samples/           # one PNG each
+    torchrun --nproc_per_node=8 sample.py --ckpt CKPT ...
 
-Noise and label of sample i depend on (seed, i) alone: with a fixed-step solver in float32 its pixels are the same
-within one grey level, whatever the batch and the number of processes. The same command goes on where it stopped."""
+Noise and label of sample i depend on (seed, i) alone. With a fixed-step method in float32 its
+pixels are the same within one grey level, whatever the batch and the number of processes.
+"""
 import os
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import barrier, check, claim, configure, explain, launch, precision
+from configurator import barrier, check, configure, explain, launch, precision
 from data import decode, load_vae
-from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, path, reconstruct
+from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, reconstruct
 
-ADAPTIVE = ('dopri5', 'dopri8', 'bosh3', 'fehlberg2', 'adaptive_heun')
-FIXED = ('euler', 'midpoint', 'heun2', 'heun3', 'rk4', 'explicit_adams', 'implicit_adams')
+METHODS = ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')       # only dopri5 chooses its own steps
+
+
+class GuidedVelocity:
+    """The model's velocity with classifier-free guidance, v_null + cfg (v_y - v_null).
+
+    Guidance acts on every channel, in one call for twice the batch. nfe counts the evaluations, a
+    guided pair as one.
+    """
+
+    def __init__(self, model, y, cfg):
+        self.model = model
+        self.y = y
+        self.cfg = cfg
+        self.nfe = 0
+
+    def __call__(self, x, t):
+        """x is {k: (B, C, H/2^k, W/2^k)}, t a tensor of one number. Returns a dict like x."""
+        self.nfe += 1
+        B = len(x[max(x)])
+        if self.cfg == 1 or self.y is None:
+            return self.model(x, t.expand(B), self.y)
+        null = torch.full_like(self.y, self.model.config.n_classes)
+        twice = {k: torch.cat([x[k], x[k]]) for k in x}
+        v = self.model(twice, t.expand(2 * B), torch.cat([self.y, null]))
+        guided = {}
+        for k in x:
+            v_y, v_null = v[k].chunk(2)
+            guided[k] = v_null + self.cfg * (v_y - v_null)
+        return guided
+
+
+def odeint_scales(velocity, state, start, end, method, steps, tol):
+    """ODEINT of Alg. 2: the state, a dict {k: tensor}, at time `end` from that at `start`.
+
+    A fixed-step method makes a share of the `steps` over [0, 1]. dopri5 chooses its own steps. A
+    model that has diverged raises FloatingPointError.
+    """
+    n = 1
+    options = {}
+    t_end = torch.tensor([end], device=state[max(state)].device)
+    if method == 'dopri5':
+        options['step_t'] = t_end       # a step ends here: the model is not asked beyond
+    else:
+        n = max(1, round(steps * end) - round(steps * start))
+    t = torch.linspace(start, end, n + 1, device=t_end.device)
+
+    def ode(time, x):
+        time = time.clamp(start, end)   # dopri5's first probe may lie beyond, too
+        v = velocity(dict(zip(state, x)), time)
+        return tuple(v.values())
+
+    try:
+        x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method,
+                   options=options)
+    except AssertionError as error:     # torchdiffeq's, or a fork's own
+        if 'underflow in dt' not in str(error) and 'non-finite' not in str(error):
+            raise
+        raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g}: the model has '
+                                 'diverged, or needs another method or tol') from error
+    return {k: x_k[-1] for k, x_k in zip(state, x)}
 
 
 @torch.no_grad()
-def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0, frames=None):
-    """Alg. 2, LapFlow sampling: images from full-resolution noise.
+def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0):
+    """Alg. 2: images (B, C, H, W) from noise (B, C, H, W) float32, and the number of evaluations.
 
-    noise (B, C, H, W), float32, y (B,) labels or None. method is one of ADAPTIVE, with absolute and relative tolerance
-    tol, or of FIXED, with `steps` steps over [0, 1], shared among the segments in proportion to their length (at least
-    one each: so 4 may become 5). cfg weighs classifier-free guidance, v_null + cfg (v_y - v_null) on every channel, in
-    one forward of twice the batch; 1 is the conditional model. frames, a list, receives (t, state) at six times of
-    every segment, a state being a list of K. Returns (x, nfe): images (B, C, H, W) and the number of model calls, a
-    guided pair counted once. The ODE of a model that has diverged raises FloatingPointError, with a sentence."""
+    y is (B,) labels or None. method is one of METHODS; dopri5 has the absolute and relative
+    tolerance tol, the others make `steps` steps over [0, 1], shared among the segments by their
+    length, at least one each. cfg = 1 is the conditional model.
+    """
     config = model.config
-    x0, state, nfe = laplacian_pyramid(noise, config.K), (), 0
-    guided = cfg != 1 and y is not None
-    labels = torch.cat([y, torch.full_like(y, config.n_classes)]) if guided else y
-
-    def ode(t, x):
-        nonlocal nfe
-        nfe += 1
-        t = t.clamp(start, end).expand(len(noise) * (1 + guided))   # adaptive solvers probe beyond the segment
-        x_t = [None] * k + [torch.cat([x_j, x_j]) if guided else x_j for x_j in x]
-        v = [v_j.to(noise.dtype) for v_j in model(x_t, t, labels) if v_j is not None]
-        if guided:
-            v = [v_null + cfg * (v_y - v_null) for v_y, v_null in (v_j.chunk(2) for v_j in v)]
-        return tuple(v)
-
+    x0 = laplacian_pyramid(noise, config.K)
+    velocity = GuidedVelocity(model, y, cfg)
+    state = {}
     for k in reversed(range(config.K)):
+        state = hand_over(state, k, x0, config)
         start, end = config.times[k + 1], config.times[k]
-        state = hand_over(state, path(torch.tensor(start), start, config.path)[2].item() * x0[k])
-        t = torch.linspace(start, end, 2 if frames is None else 6, device=noise.device)
-        n = max(1, round(steps * end) - round(steps * start))
-        grid = torch.linspace(start, end, n + 1, device=noise.device)
-        options = dict(step_t=t[-1:]) if method in ADAPTIVE else dict(grid_constructor=lambda *_: grid)
-        if 'adams' in method:
-            options['max_order'] = 4    # torchdiffeq's default of 12 is unstable
-        try:
-            states = odeint(ode, state, t, rtol=tol, atol=tol, method=method, options=options)
-            assert all(x[-1].isfinite().all() for x in states), 'a state is not finite'
-        except AssertionError as error:     # also torchdiffeq's, where steps shrink to nothing
-            raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g} to {end:g} ({error}): the '
-                                     'model has diverged or is hardly trained, or needs another method or tol')
-        state = tuple(x[-1] for x in states)
-        if frames is not None:
-            frames += [(t_i.item(), [None] * k + [x[i] for x in states]) for i, t_i in enumerate(t)]
-    return reconstruct(state), nfe
+        state = odeint_scales(velocity, state, start, end, method, steps, tol)
+    x = reconstruct(list(state.values()))
+    if not x.isfinite().all():
+        raise FloatingPointError('the images are not finite: the model has diverged')
+    return x, velocity.nfe
 
 
 def noise_of(seed, index, shape):
-    """Standard normal noise of the samples in index, (len(index), *shape) float32: each a function of (seed, i)."""
-    return torch.from_numpy(np.stack([
-        np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in index]))
+    """Standard normal noise of the samples in index, (len(index), *shape), each from (seed, i)."""
+    noise = []
+    for i in index:
+        noise.append(np.random.default_rng((seed, i)).standard_normal(shape, np.float32))
+    return torch.from_numpy(np.stack(noise))
+
+
+def labels_of(index, classes):
+    """The labels of the samples in index: they go through the given classes in turn."""
+    return [classes[i % len(classes)] for i in index]
 
 
 def to_uint8(x):
     """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 array, rounded once."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    x = ((x + 1) * 127.5).round().clamp(0, 255).byte()
+    return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def labels_of(index, n_classes, cls=-1):
-    """The classes of the samples in index: cls, or for -1 all in turn."""
-    return [cls if cls >= 0 else i % n_classes for i in index]
+def draw(model, vae, meta, seed, index, classes, autocast, **solver):
+    """The pictures of the samples in index, (B, H, W, C) uint8, and the number of evaluations.
 
-
-def draw(model, vae, meta, seed, index, autocast, cls=-1, **solver):
-    """The pictures of the samples in index, (B, H, W, C) uint8, and NFE. meta is the dataset's, solver more arguments
-    of `generate`. Adaptive methods run in float32: rounding can make them reject their steps."""
-    config, device = model.config, model.positions.device
+    meta is the dataset's. classes are the numbers of those to draw. solver has more arguments of
+    `generate`. dopri5 runs in float32: rounding can make it reject its steps.
+    """
+    config = model.config
+    device = next(model.parameters()).device
     noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
-    y = torch.tensor(labels_of(index, config.n_classes, cls), device=device) if config.n_classes else None
-    with autocast if solver['method'] in FIXED else nullcontext():
+    y = None
+    if config.n_classes > 0:
+        y = torch.tensor(labels_of(index, classes), device=device)
+    if solver['method'] == 'dopri5':
+        autocast = nullcontext()
+    with autocast:
         x, nfe = generate(model, noise, y, **solver)
     return to_uint8(decode(vae, x, meta)), nfe
 
@@ -102,30 +147,17 @@ def draw(model, vae, meta, seed, index, autocast, cls=-1, **solver):
 def save_grid(file, images, columns=10):
     """Writes (N, H, W, C) uint8 images as one picture, row by row."""
     N, H, W, C = images.shape
-    canvas = Image.new('RGB' if C == 3 else 'L', (columns * W, -(-N // columns) * H))
-    for i, image in enumerate(images):
-        canvas.paste(Image.fromarray(image.squeeze()), (i % columns * W, i // columns * H))
-    canvas.save(file)
-
-
-def save_trajectory(file, frames, vae, meta):
-    """The first image's way from noise to data, in the manner of the paper's Figure 1: a column for each of the frames
-    of `generate`; in rows the state of every scale, coarsest first, mid-grey for 0 (of latents three channels), and
-    below them their reconstruction, decoded."""
-    canvas = Image.new('RGB', (100 * len(frames), 116 + 100 * len(frames[0][1])))
-    for column, (t, state) in enumerate(frames):
-        ImageDraw.Draw(canvas).text((100 * column + 50, 8), f't = {t:.2f}', anchor='mm', font_size=17)
-        whole = reconstruct([x for x in state if x is not None])
-        for row, x in enumerate([decode(vae, whole, meta), *state]):        # from the bottom
-            if x is not None:
-                cell = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
-                canvas.paste(cell.resize((96, 96), Image.NEAREST), (100 * column + 2, canvas.height - 98 - 100 * row))
-    canvas.save(file)
+    rows = (N + columns - 1) // columns
+    canvas = np.zeros((rows * columns, H, W, C), np.uint8)
+    canvas[:N] = images
+    canvas = canvas.reshape(rows, columns, H, W, C).swapaxes(1, 2)
+    Image.fromarray(canvas.reshape(rows * H, columns * W, C).squeeze()).save(file)
 
 
 def load_checkpoint(file):
-    """The dict that train.py saved in a file, its tensors on the CPU and read only when they are used."""
-    with explain(f'{file!r} is not a checkpoint of train.py, or is damaged'):
+    """The dict that train.py saved, on the CPU. Tensors are read when they are used."""
+    with explain(f'{file!r} is not a checkpoint of this train.py, or is damaged',
+                 RuntimeError, KeyError, TypeError):
         checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         LapFlowConfig(**checkpoint['model_args'])
     return checkpoint
@@ -133,82 +165,85 @@ def load_checkpoint(file):
 
 def load_model(checkpoint, device):
     """The model of a checkpoint, with its EMA weights if it has any, in evaluation mode."""
-    model = LapFlow(LapFlowConfig(**checkpoint['model_args'])).to(device).eval()
+    model = LapFlow(LapFlowConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
-    return model
+    return model.to(device).eval()
 
 
 def sampling_defaults(settings):
-    """The settings of `generate` that the checkpoint of these settings carries, for `configure`."""
+    """The settings of `generate` that the checkpoint carries, for `configure`."""
     config = load_checkpoint(settings['ckpt'])['config']
     return {key: config[key] for key in ('method', 'steps', 'tol', 'cfg')}
 
 
-def check_solver(config, method, steps, tol, cfg):
-    """What `generate` takes, as a dict; ends the script with one sentence if it cannot be."""
-    check(method in ADAPTIVE + FIXED, f'method must be one of {", ".join(ADAPTIVE + FIXED)}, but it is {method!r}')
-    check(cfg == 1 or config.n_classes, 'cfg needs a class-conditional model, and this one is unconditional: --cfg=1')
-    return dict(method=method, steps=steps, tol=tol, cfg=cfg)
+def check_solver(config, method, tol, cfg):
+    """Ends the script with one sentence if `generate` cannot take these."""
+    check(method in METHODS, f'method must be one of {", ".join(METHODS)}, but it is {method!r}')
+    check(tol > 0, f'tol must be more than 0, but it is {tol}')
+    check(cfg == 1 or config.n_classes, 'the model is unconditional, so cfg must be 1: --cfg=1')
 
 
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
-    out = ''                # a picture (.png), .npz, or a folder (ending in /) for PNGs; '': beside the checkpoint
+    out = ''                # NAME.png, NAME.npz or a new folder NAME/; '' is beside the checkpoint
     num_samples = 100
     batch_size = 100        # of each process
-    cls = -1                # the class of all samples; -1 goes through the classes in turn
+    cls = ''                # a class, by name or number, for all samples; '': all classes in turn
     seed = 0
-    trajectory = False      # draw sample 0 through t instead, to trajectory.png
-    method = 'dopri5'       # these four: the checkpoint's own defaults, unless given
+    vae = ''                # where the VAE is, if it is not where it was in training
+    method = 'dopri5'       # these four: the checkpoint's own, unless given
     steps = 50
     tol = 1e-5
     cfg = 1.0
     device = 'auto'
-    dtype = 'float32'       # TF32 on GPUs; bfloat16 or auto are for fixed-step methods
-    configure(globals(), inherit=sampling_defaults)
+    dtype = 'float32'       # TF32 on GPUs; bfloat16 and auto are for fixed-step methods
+    configure(globals(), at_least_1='num_samples batch_size steps', inherit=sampling_defaults)
+
     device, rank, world = launch(device)
     checkpoint = load_checkpoint(ckpt)
-    meta, model = checkpoint['data'], load_model(checkpoint, device)
-    vae, n_classes = load_vae(meta, device), model.config.n_classes
-    solver = check_solver(model.config, method, steps, tol, cfg)
-    out = out or str(Path(ckpt).with_name('trajectory.png' if trajectory else 'samples.png'))
-    check(cls in range(-1, n_classes), f'cls must be -1 (all classes in turn) or below {n_classes}, but it is {cls}')
-    check(out.endswith('.png' if trajectory else ('.png', '.npz', '/')), f'out must end in .png, .npz or /: {out!r}')
-    check(dtype != 'bfloat16' or method in FIXED, f'{method} needs float32; bfloat16 is for {", ".join(FIXED)}')
+    model = load_model(checkpoint, device)
+    meta = checkpoint['data']
+    meta['vae'] = vae or meta['vae']
+    vae = load_vae(meta, device)
+    check_solver(model.config, method, tol, cfg)
+    check(dtype != 'bfloat16' or method != 'dopri5', 'dopri5 needs float32')
     autocast, dtype = precision(device, dtype)
-    if trajectory:
-        frames = []
-        with explain('there is no such sample', FloatingPointError):
-            draw(model, vae, meta, seed, [0], autocast, cls, frames=frames, **solver)
-        save_trajectory(out, frames, vae, meta)
-        print(f'sample 0 through t: {out}')
-        raise SystemExit
+    classes = range(model.config.n_classes)
+    if cls in meta['classes']:
+        classes = [meta['classes'].index(cls)]
+    elif cls:
+        check(cls.isdecimal() and int(cls) in classes, f'cls must be the name of a class or a '
+              f'number below {len(classes)}, but it is {cls!r}')
+        classes = [int(cls)]
+    out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
+    check(out.endswith(('.png', '.npz', '/')), f'out must end in .png, .npz or /, not {out!r}')
 
-    # Every process draws every world-th sample, into PNGs; where a picture or .npz is wanted, rank 0 packs them
-    folder, nfes = out if out.endswith('/') else f'{out}.samples', []
+    # Every process writes its images to one array; then they become what is wanted
+    file = f'{out.rstrip("/")}.npy'
+    shape = num_samples, meta['image_size'], meta['image_size'], 3 if vae else meta['channels']
     if rank == 0:
-        claim(folder, 'settings.json', dict(ckpt=ckpt, log=checkpoint['log'][-1:], num_samples=num_samples,
-                                            cls=cls, seed=seed, dtype=dtype, **solver))
+        with explain(f'cannot write {out}, or it exists'):
+            os.makedirs(os.path.dirname(out) or '.', exist_ok=not out.endswith('/'))
+            np.lib.format.open_memmap(file, 'w+', np.uint8, shape)
     barrier()
-    png = lambda i: f'{folder}/{i:06}.png'
-    mine = [i for i in range(rank, num_samples, world) if not os.path.exists(png(i))]
-    for first in tqdm(range(0, len(mine), batch_size), disable=rank):
-        index = mine[first:first + batch_size]
+    images = np.load(file, mmap_mode='r+')
+    for first in tqdm(range(rank * batch_size, num_samples, world * batch_size), disable=rank > 0):
+        index = range(first, min(first + batch_size, num_samples))
         with explain('these samples cannot be drawn', FloatingPointError):
-            images, nfe = draw(model, vae, meta, seed, index, autocast, cls, **solver)
-        nfes.append(nfe)
-        for i, image in zip(index, images):
-            Image.fromarray(image.squeeze()).save(f'{folder}/{rank}.tmp', format='png')
-            os.replace(f'{folder}/{rank}.tmp', png(i))
+            images[index], nfe = draw(model, vae, meta, seed, index, classes, autocast,
+                                      method=method, steps=steps, tol=tol, cfg=cfg)
     barrier()
+    with explain(f'cannot write {out}'):
+        if out.endswith('/'):
+            for i in range(rank, num_samples, world):
+                Image.fromarray(images[i].squeeze()).save(f'{out}{i:06}.png')
+        elif rank == 0 and out.endswith('.png'):
+            save_grid(out, images)
+        elif rank == 0:
+            arrays = dict(arr_0=images)
+            if classes:
+                arrays['arr_1'] = labels_of(range(num_samples), classes)
+            np.savez(out, **arrays)
     if rank == 0:
-        if folder != out:
-            arrays = dict(arr_0=np.stack([np.atleast_3d(Image.open(png(i))) for i in range(num_samples)]))
-            if n_classes:
-                arrays['arr_1'] = labels_of(range(num_samples), n_classes, cls)
-            if out.endswith('.png'):
-                save_grid(out, arrays['arr_0'])
-            else:
-                np.savez(out, **arrays)
-            shutil.rmtree(folder)
-        print(f'{num_samples} samples, {method}, NFE {sum(nfes) / max(1, len(nfes)):.1f}: {out}')
+        os.remove(file)
+        print(f'{num_samples} samples, {method}, NFE {nfe}: {out}')

@@ -9,7 +9,6 @@ out_dir = 'out-imagenet256-b2'
 dataset = 'imagenet256'
 
 # DiT-B/2, two scales: 32 x 32 and 16 x 16 latents
-n_classes = 1000
 patch = 2
 width = 768
 depth = 12
@@ -18,7 +17,7 @@ T = (0.5,)
 label_drop = 0.1
 
 batch_size = 256
-epochs = 1400               # about 7M iterations of 256; the paper's 600K are --epochs=120
+max_iters = 7_000_000        # 1,400 epochs; the paper's 600K are --max_iters=600_000
 learning_rate = 1e-4
 min_lr = 1e-4                # constant
 ema_decay = 0.9999

@@ -9,7 +9,6 @@ out_dir = 'out-imagenet256-xl2'
 dataset = 'imagenet256'
 
 # DiT-XL/2, two scales: 32 x 32 and 16 x 16 latents
-n_classes = 1000
 patch = 2
 width = 1152
 depth = 28
@@ -18,7 +17,7 @@ T = (0.5,)
 label_drop = 0.1
 
 batch_size = 256
-epochs = 120                # about 600K iterations of 256
+max_iters = 600_000          # 120 epochs
 learning_rate = 1e-4
 min_lr = 1e-4                # constant
 ema_decay = 0.9999

@@ -14,6 +14,7 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import model  # noqa: E402
 from configurator import check  # noqa: E402
-from model import laplacian_pyramid, noisy_state, reconstruct, up, velocity  # noqa: E402
+from model import laplacian_pyramid, reconstruct, sigma, state_and_velocity, up  # noqa: E402
 
 LapFlow, LapFlowConfig, lapflow_times = model.LapFlow, model.LapFlowConfig, model.stage_times
 
@@ -44,11 +45,13 @@ class OneScale(LapFlow):
     """The network for images of one scale each: groups of images, each with its slice of t and y."""
 
     def forward(self, x_t, t, y=None):
-        """x_t: list of tensors, scale k (n_k, C, H/2^k, W/2^k) or None; t, y (sum of n_k,). Returns a list like x_t."""
-        sizes = [0 if x is None else len(x) for x in x_t]
-        parts = zip(x_t, t.split(sizes), [None] * len(x_t) if y is None else y.split(sizes))
-        return [None if x is None else super(OneScale, self).forward([None] * k + [x], t_k, y_k)[k]
-                for k, (x, t_k, y_k) in enumerate(parts)]
+        """x_t: {k: (n_k, C, H/2^k, W/2^k)}; t, y: (sum of n_k,), in the order of x_t. Returns a dict like x_t."""
+        v, first = {}, 0
+        for k, x in x_t.items():
+            group = slice(first, first + len(x))
+            v |= super().forward({k: x}, t[group], None if y is None else y[group])
+            first += len(x)
+        return v
 
 
 def pyramidal_flow(x1, x0, t, k, times):
@@ -70,47 +73,58 @@ def edify_flow(x1, x0, t, k, config):
     EdifyImage (Appendix E, Alg. 5, Eq. (14), Eq. (15)): state and velocity of scale k are those of LapFlow's scales
     >= k put together by Eq. (2): the mean mu^(k) is the sum over j >= k of alpha^(j) Up^(j-k)(x_1^(j)). Same shapes.
     """
-    scales = [*zip(laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K), config.times[1:])][k:]
-    return [reconstruct([f(data, noise, t, start, config.path) for data, noise, start in scales])
-            for f in (noisy_state, velocity)]
+    data, noise = laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K)
+    states, velocities = [], []
+    for j in range(k, config.K):
+        state, velocity = state_and_velocity(data[j], noise[j], t, config.times[j + 1], config.path)
+        states.append(state)
+        velocities.append(velocity)
+    return reconstruct(states), reconstruct(velocities)
 
 
-def states_and_targets(x1, x0, t, counts, config):
-    """As LapFlow's, but scale k has the images of stage k alone, which are rows B_{k-1} to B_k - 1."""
-    x_t, u = [], []
-    for k, (first, last) in enumerate(zip([0, *counts], counts)):
-        images = x1[first:last], x0[first:last], t[first:last], k
-        state, target = pyramidal_flow(*images, config.times) if config.flow == 'pyramidal' else \
-            edify_flow(*images, config)
-        x_t.append(state)
-        u.append(target)
-    return x_t, u
+def states_and_velocities(x1, x0, t, stage, config):
+    """As LapFlow's, but scale k has the images of stage k alone."""
+    x_t, u_t = {}, {}
+    for k in range(config.K):
+        images = stage == k
+        if images.any():
+            if config.flow == 'pyramidal':
+                x_t[k], u_t[k] = pyramidal_flow(x1[images], x0[images], t[images], k, config.times)
+            else:
+                x_t[k], u_t[k] = edify_flow(x1[images], x0[images], t[images], k, config)
+    return x_t, u_t
 
 
 def stage_times(stage, uniform, config):
     """As LapFlow's, but Pyramidal Flow trains a stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s]."""
-    t = lapflow_times(stage, uniform, config)
-    for s in range(config.K if config.flow == 'pyramidal' else 0):
-        start, end = config.times[s + 1], config.times[s]
-        t = torch.where(stage == s, start + (end - start) * uniform, t)
-    return t
+    if config.flow == 'edify':
+        return lapflow_times(stage, uniform, config)
+    in_stage = [start + (end - start) * uniform for start, end in zip(config.times[1:], config.times)]
+    return torch.stack(in_stage).gather(0, stage[None])[0]
 
 
-def hand_over(state, joining):
+def hand_over(state, k, x0, config):
     """
     Alg. 4, lines 7 and 8 with the covariance of Appendix F.2, and Alg. 6, lines 4 and 6, alike in law: the ODE goes on
     with scale k alone, from the renoised image Up(x) + sigma_{T_{k+1}} x_0^(k).
     """
-    return (joining + up(state[0]) if state else joining,)
+    sigma_start, _ = sigma(torch.tensor(config.times[k + 1]), config.path)
+    x = sigma_start * x0[k]
+    if state:
+        x = x + up(state[k + 1])
+    return {k: x}
 
 
 FLOWS = ('pyramidal', 'edify')
-CHANGES = dict(LapFlow=OneScale, LapFlowConfig=FlowConfig, states_and_targets=states_and_targets,
-               stage_times=stage_times, hand_over=hand_over)
 
 if __name__ == '__main__':
     flow, script = (sys.argv + ['', ''])[1:3]
     check(flow in FLOWS and script, f'say which flow, {" or ".join(FLOWS)}, and what script, such as edify train.py')
-    vars(model).update(CHANGES)
+    # What a fork would write into model.py itself
+    model.LapFlow = OneScale
+    model.LapFlowConfig = partial(FlowConfig, flow=flow) if script == 'train.py' else FlowConfig
+    model.states_and_velocities = states_and_velocities
+    model.stage_times = stage_times
+    model.hand_over = hand_over
     sys.argv = sys.argv[2:]
-    runpy.run_path(os.path.join(ROOT, script), init_globals=dict(flow=flow), run_name='__main__')
+    runpy.run_path(os.path.join(ROOT, script), run_name='__main__')

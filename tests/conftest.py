@@ -39,13 +39,12 @@ def workplace(tmp_path_factory):
 
 def run_in(folder, script, *args):
     """Runs a script in this process, as if from a folder; the sentence that it ended with, '' for a normal end."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [script, *args])
         if script == 'tests/baselines.py':      # it changes module model, and module sample has names of that
-            from baselines import CHANGES
-            for name in CHANGES:
+            for name in ('LapFlow', 'LapFlowConfig', 'states_and_velocities', 'stage_times', 'hand_over'):
                 patch.setattr(model, name, getattr(model, name))
             patch.delitem(sys.modules, 'sample')
         try:
@@ -53,7 +52,8 @@ def run_in(folder, script, *args):
         except SystemExit as end:
             return str(end.code or '')
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return ''
 
 
