@@ -6,7 +6,7 @@ them, and the last one wins:
     python train.py config/digits.py --batch_size=32 --T=0.67,0.33
 
 A config file is Python and is run: use only files that you trust. All that it assigns must be
-settings. Names that begin with an underscore, and imported modules, are its own.
+settings, except for imported modules and names that begin with an underscore.
 """
 import ast
 import difflib
@@ -15,25 +15,28 @@ import pickle
 import runpy
 import sys
 import zipfile
+import zlib
 from contextlib import contextmanager
+from datetime import timedelta
+from os.path import abspath, basename, dirname, exists, expanduser, isfile
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-FILE_ERRORS = (OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+FILE_ERRORS = (OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile,
+               zlib.error)
 
 
 def check(condition, sentence):
     """Ends the script with one sentence, for a user's mistake, unless the condition holds."""
     if not condition:
-        raise SystemExit(f'{os.path.basename(sys.argv[0])}: {sentence}')
+        raise SystemExit(f'{basename(sys.argv[0])}: {sentence}')
 
 
 @contextmanager
 def explain(sentence, *more_errors):
-    """Ends the script with one sentence, and the reason, if a user's file cannot be used."""
+    """Ends the script with one sentence, and the reason, if what the user gave cannot be used."""
     try:
         yield
     except FILE_ERRORS + more_errors as error:
@@ -44,69 +47,75 @@ def explain(sentence, *more_errors):
 def read_config(arg):
     """The settings that a config file assigns. The file may lie beside this one."""
     file = arg
-    if not os.path.exists(file):
-        file = os.path.join(os.path.dirname(os.path.abspath(__file__)), arg)
-    check(file.endswith('.py') and os.path.isfile(file),
+    if not exists(file):
+        file = f'{dirname(abspath(__file__))}/{arg}'
+    check(file.endswith('.py') and isfile(file),
           f'{arg!r} is neither a config file (NAME.py) nor a setting (--key=value)')
     with explain(f'{arg} is not Python', SyntaxError):
         assigned = runpy.run_path(file)
     settings = {}
     for key, value in assigned.items():
-        if not key.startswith('_') and not isinstance(value, ModuleType):
+        if key[0] != '_' and not isinstance(value, ModuleType):
             settings[key] = value
     check(settings, f'{arg} assigns no settings')
     return settings
 
 
-def convert(key, value, defaults, lowest, source):
-    """A setting's value, which may be given as text, in the type of its default."""
-    nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
-    check(key in defaults, f'{source}: there is no setting {key!r}; the nearest is {nearest!r} '
-          '(--help lists them all)')
-    default = defaults[key]
+def convert(value, default, lowest):
+    """A setting's value, perhaps given as text, as the type of its default, or an error.
+
+    A number must be at least `lowest`, unless the default is negative.
+    """
     kind = type(default)
-    expected = f'{source}: {key} must be of type {kind.__name__}, like {default!r}, not {value!r}'
-    with explain(expected, SyntaxError, TypeError):
-        if kind is str:
-            value = os.path.expanduser(value)
-        elif isinstance(value, str):
-            value = ast.literal_eval(value)
-        if kind is tuple:
-            value = tuple(map(float, np.atleast_1d(value)))
+    if kind is str and type(value) is str:
+        return expanduser(value)
+    if isinstance(value, str):
+        value = ast.literal_eval(value)
+    if kind is tuple:
+        if isinstance(value, (int, float)):
+            value = [value]
+        return tuple(convert(number, 0.0, lowest) for number in value)
     if kind is float and type(value) is int:
         value = float(value)
-    check(type(value) is kind, expected)
-    if kind is not str:
-        for number in np.atleast_1d(value).tolist():
-            check(lowest <= number < 2 ** 63, f'{source}: {key} must be at least {lowest}, and '
-                  f'finite, but it is {value}')
+    if default < 0:
+        lowest = -2 ** 63
+    if type(value) is not kind or not lowest <= value < 2 ** 63:
+        raise ValueError('wrong type or range')
     return value
 
 
 def configure(namespace, at_least_1='', inherit=None):
     """Overrides the settings in `namespace`, a script's globals(), and returns them as a dict.
 
-    Numbers must be at least 0, those named in at_least_1 at least 1. `inherit` is a function of the
-    settings; it returns defaults that come from elsewhere.
+    Numbers must be at least 0, those named in at_least_1 at least 1; those with a negative default
+    may be negative. `inherit` is a function of the settings that returns defaults from elsewhere.
     """
     defaults, given, argv = {}, {}, sys.argv[1:]
     for key, value in namespace.items():
-        is_name = key == 'T' or key.islower() and not key.startswith('_')
-        if is_name and isinstance(value, (int, float, str, tuple)):
-            defaults[key] = value
+        if key == 'T' or key.islower() and key[0] != '_':
+            if isinstance(value, (int, float, str, tuple)):
+                defaults[key] = value
     while argv:
-        arg = argv.pop(0)
-        if arg == '--help':
+        source = argv.pop(0)
+        if source == '--help':
             continue
-        if arg.startswith('--'):
-            key, equals, value = arg[2:].partition('=')
-            check(equals or argv, f'{arg} needs a value: {arg}=VALUE')
-            assigned = {key: value if equals else argv.pop(0)}
+        if source.startswith('--'):
+            key, equals, value = source[2:].partition('=')
+            if not equals:
+                check(argv, f'{source} needs a value: {source}=VALUE')
+                value = argv.pop(0)
+            assigned = {key: value}
         else:
-            assigned = read_config(arg)
+            assigned = read_config(source)
         for key, value in assigned.items():
-            lowest = int(key in at_least_1.split())
-            given[key] = convert(key, value, defaults, lowest, arg)
+            nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
+            check(key in defaults, f'{source}: there is no setting {key!r}; the nearest is'
+                  f' {nearest!r} (--help lists them all)')
+            default, lowest = defaults[key], int(key in at_least_1.split())
+            rule = f'{key} must be of type {type(default).__name__}, like {default!r}'
+            with explain(f'{source}: {rule}, at least {lowest} and below 2^63, not {value!r}',
+                         TypeError, SyntaxError, OverflowError):
+                given[key] = convert(value, default, lowest)
     settings = defaults | given
     if inherit:
         settings |= inherit(settings) | given
@@ -119,34 +128,38 @@ def configure(namespace, at_least_1='', inherit=None):
 
 
 def changes(there, here, but=()):
-    """What differs between two dicts of settings, in words, for the keys of the second."""
+    """What differs between two dicts of settings, in words, for the keys that both have."""
     differences = []
     for key in here:
-        if key not in but and there.get(key) != here[key]:
-            differences.append(f'{key} is {there.get(key)!r} there and {here[key]!r} here')
+        if key in there and key not in but and there[key] != here[key]:
+            differences.append(f'{key} is {there[key]!r} there and {here[key]!r} here')
     return '; '.join(differences)
 
 
 def launch(device):
     """Joins torchrun's processes, if there are any. Returns (device, rank, number of processes).
 
-    The device 'auto' is a GPU if there is one, 'cuda' this process's own. Float32 matrix products
-    may use TF32.
+    'auto' is a GPU if there is one, 'cuda' is this process's GPU. Float32 matrix products may use
+    TF32.
     """
-    rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
+    rank, local_rank = int(os.environ.get('RANK', 0)), os.environ.get('LOCAL_RANK', 0)
     world = int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
         device = str(torch.accelerator.current_accelerator() or 'cpu')
     if device == 'cuda':
         device = f'cuda:{local_rank}'
-    with explain(f'device must be auto, cuda, mps or cpu, and one that is there, not {device!r}',
+    with explain(f'device must be auto, cuda, mps or cpu, and be there, not {device!r}',
                  RuntimeError, AssertionError):
         torch.empty(0, device=device)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    backend = 'gloo'
     if 'cuda' in device:
+        backend = 'nccl'
         torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        dist.init_process_group('nccl' if 'cuda' in device else 'gloo')
+        dist.init_process_group(backend, timeout=timedelta(hours=1))    # for slow evaluations
+    if rank > 0:
+        sys.stdout = open(os.devnull, 'w')      # process 0 speaks for all
     return device, rank, world
 
 
@@ -157,12 +170,15 @@ def barrier():
 
 
 def precision(device, dtype):
-    """(torch.autocast, name) of 'float32', 'bfloat16' or 'auto', which is what is faster here."""
+    """torch.autocast and the name of its dtype. 'auto' is bfloat16 where the hardware has it."""
     kind = torch.device(device).type
     check(dtype in ('auto', 'float32', 'bfloat16'),
           f'dtype must be auto, float32 or bfloat16, but it is {dtype!r}')
     if dtype == 'auto':
-        fast = {'cuda': torch.cuda.is_bf16_supported(including_emulation=False),
-                'cpu': torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()}
-        dtype = 'bfloat16' if fast.get(kind) else 'float32'
+        dtype = 'float32'
+        if kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = 'bfloat16'
+        if kind == 'cpu' and (torch.cpu._is_amx_tile_supported()
+                              or torch.cpu._is_avx512_bf16_supported()):
+            dtype = 'bfloat16'
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == 'bfloat16'), dtype

@@ -12,20 +12,23 @@ A dataset is a folder of three files. Any program may write one, meta.json last:
     meta.json     {"size": 32, "channels": 4, "image_size": 256, "classes": ["cat", "dog"],
                    "heldout": 1000, "flips": 2, "vae": "zelaki/eq-vae", "scaling_factor": 0.18215}
 
-"classes" may be [], and "vae" may be "" (then there is no scaling_factor, and image_size is size).
+"classes" may be []. Without a VAE "vae" is "", and image_size and scaling_factor may be absent.
 The last `heldout` images are not trained on. If flips is 2, training mirrors half of the images.
 """
 import json
 import os
 import reprlib
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from os.path import commonpath, dirname, exists, getsize, realpath, splitext
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -40,8 +43,9 @@ def draw_digit(label, rng):
     angle, shear = rng.uniform(-0.15, 0.15, size=2)
     shift = rng.uniform(-4, 4, size=2)
     canvas = Image.new('L', (64, 64))
-    ImageDraw.Draw(canvas).text((32, 32), str(label), fill=255, font=ImageFont.load_default(size),
-                                anchor='mm', stroke_width=stroke)
+    font = ImageFont.load_default(size)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((32, 32), str(label), fill=255, font=font, anchor='mm', stroke_width=stroke)
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, sin + shear], [-sin, cos]])
     offset = 32 - matrix @ (32 + shift)     # turns about the centre
@@ -52,37 +56,37 @@ def draw_digit(label, rng):
 
 def make_digits(folder, train=20_000, heldout=2_000):
     """Makes the dataset `digits`, the same bytes every time. The folder appears complete."""
-    labels = np.arange(train + heldout) % 10
-    images = [draw_digit(label, np.random.default_rng(i)) for i, label in enumerate(labels)]
-    meta = dict(source='digits', size=32, channels=1, count=len(labels), heldout=heldout,
-                classes=list('0123456789'), flips=1, vae='')
-    temporary = f'{folder}.{os.getpid()}'
+    N = train + heldout
+    labels = np.arange(N) % 10
+    images = [draw_digit(labels[i], np.random.default_rng(i)) for i in range(N)]
+    meta = dict(source='digits', size=32, channels=1, image_size=32, count=N,
+                classes=list('0123456789'), heldout=heldout, flips=1, vae='')
+    parts = f'{folder}.{os.getpid()}'
     with explain(f'cannot write {folder}'):
-        os.makedirs(temporary)
-        np.save(f'{temporary}/images.npy', np.stack(images)[..., None])
-        np.save(f'{temporary}/labels.npy', labels)
-        Path(f'{temporary}/meta.json').write_text(json.dumps(meta))
+        os.makedirs(parts)
+        np.save(f'{parts}/images.npy', np.stack(images)[..., None])
+        np.save(f'{parts}/labels.npy', labels)
+        Path(f'{parts}/meta.json').write_text(json.dumps(meta))
     try:
-        os.rename(temporary, folder)
+        os.rename(parts, folder)
     except OSError:     # another process was first
-        shutil.rmtree(temporary)
+        shutil.rmtree(parts)
 
 
 def list_pictures(source):
     """(files, labels, classes) of the pictures below a folder, in the order of their names.
 
-    The folders in it, or in a lone folder around everything, are the classes, unless pictures lie
-    beside them. Each folder counts once, however many links lead to it.
+    The classes are the first folders in which the files differ. If pictures lie beside these, or
+    in one folder, there are none. Links are followed, but no folder counts twice.
     """
     endings = Image.registered_extensions()
-    files, others = [], 0
-    queue, seen = [os.path.abspath(source)], set()
+    files, others, queue, seen = [], 0, [os.path.abspath(source)], set()
     with explain(f'{source!r} is not a folder of pictures'):
         while queue:
             folder = queue.pop(0)
-            if os.path.realpath(folder) in seen:
+            if realpath(folder) in seen:
                 continue
-            seen.add(os.path.realpath(folder))
+            seen.add(realpath(folder))
             for entry in os.scandir(folder):
                 if entry.name.startswith(('.', '__MACOSX')):
                     continue
@@ -90,39 +94,37 @@ def list_pictures(source):
                     queue.append(entry.path)        # after all real folders
                 elif entry.is_dir():
                     queue.insert(0, entry.path)
-                elif endings.get(os.path.splitext(entry.name)[1].lower()) in Image.OPEN:
+                elif endings.get(splitext(entry.name)[1].lower()) in Image.OPEN:
                     files.append(entry.path)
                 else:
                     others += 1
     check(files, f'there are no pictures in {source!r}, but {others} other files')
     files.sort()
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
-    inside = [os.path.dirname(file[len(root) + 1:]) for file in files]
-    classes, labels = np.unique([path.split(os.sep)[0] for path in inside], return_inverse=True)
+    root = commonpath(map(dirname, files))
+    folders = [dirname(file[len(root) + 1:]).split(os.sep)[0] for file in files]
+    classes, labels = np.unique(folders, return_inverse=True)
     classes = classes.tolist()
     named = f'{len(classes)} classes: {reprlib.repr(classes)}'
     if '' in classes:
         classes, labels = [], np.zeros(len(files), int)
-        named = 'no classes, which need folders and no pictures beside them'
-    print(f'{source!r}: {len(files)} pictures, {named}; {others} other files are passed over')
+        named = 'no classes, because pictures lie side by side or beside folders'
+    print(f'{source!r}: {len(files)} pictures, {others} other files passed over, {named}')
     return files, labels, classes
 
 
 def center_crop(image, size):
-    """ADM's crop, (size, size, 3) uint8: halved while twice too large, resized, the middle."""
-    if max(image.size) > 50 * min(image.size):
-        raise ValueError('it is more than 50 times as long as wide')    # and would fill the memory
+    """ADM's crop, (size, size, 3) uint8: halved while twice too large, then resized, then cut."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image)[top:top + size, left:left + size]
+    pixels = np.asarray(image.resize((width, height), Image.BICUBIC))
+    return pixels[top:top + size, left:left + size]
 
 
 def read_picture(file, size=0):
-    """A picture as (H, W, 3) uint8: upright, over white where it is transparent, cropped to size.
+    """A picture, (H, W, 3) uint8: upright, white where transparent, cropped if size > 0.
 
     What cannot be read raises ValueError with the file's name.
     """
@@ -132,6 +134,8 @@ def read_picture(file, size=0):
         raise ValueError(f'{file!r}: {error!r}') from error
     if image.mode == 'F' or image.mode.startswith('I'):
         raise ValueError(f'{file!r}: grey of 16 bits or more, which Pillow would clip')
+    if max(image.size) > 50 * min(image.size):
+        raise ValueError(f'{file!r}: so long that its crop would fill the memory')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
@@ -145,13 +149,13 @@ def load_vae(meta, device):
     if not meta['vae']:
         return None
     from diffusers import AutoencoderKL
-    with explain(f'vae must be the folder or the Hugging Face id of an AutoencoderKL, but it is '
-                 f'{meta["vae"]!r}'):
+    with explain(f'{meta["vae"]!r} is no folder or Hugging Face id of an AutoencoderKL'):
         # (without the option it complains that accelerate is not installed)
         vae = AutoencoderKL.from_pretrained(meta['vae'], low_cpu_mem_usage=False)
     scale = vae.config.scaling_factor
-    check(meta.get('scaling_factor', scale) == scale, f'{meta["vae"]} has scaling_factor {scale}, '
-          f'but the latents were made with {meta.get("scaling_factor")}: use that VAE')
+    made_with = meta.get('scaling_factor', scale)
+    check(scale == made_with, f'{meta["vae"]} has scaling_factor {scale}, but that of the '
+          f'latents is {made_with}: they were made by another VAE')
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -195,34 +199,35 @@ class Dataset:
     """A dataset, by its folder or its name in data/: Dataset('digits').
 
     meta, labels and array are its files. rows are those of the images that could be read, and an
-    image's number is its place there. The first n_train are to train on; eval_index are numbers of
-    those to evaluate on: the held-out ones or, if there are none, all.
+    image's number is its place there. The first n_train are to train on. eval_index are the numbers
+    of those to evaluate on: the held-out images or, without any, the training images (eval_name).
     """
 
     def __init__(self, name):
         folder = name
-        if not os.path.exists(f'{folder}/meta.json'):
+        if not exists(f'{folder}/meta.json'):
             folder = f'data/{name}'
-        if folder == 'data/digits' and not os.path.exists(folder):
+        if folder == 'data/digits' and not exists(folder):
             print('drawing the digits dataset ...')
             make_digits(folder)
-        with explain(f'{folder} is not a complete dataset, see the head of data.py', KeyError):
+        with explain(f'{folder} is not a dataset, or not a complete one', KeyError, TypeError):
             self.meta = meta = json.loads(Path(f'{folder}/meta.json').read_text())
-            file = 'images.npy'
-            shape = meta['size'], meta['size'], meta['channels']
+            size, channels, heldout = meta['size'], meta['channels'], meta['heldout']
+            file, row = 'images.npy', (size, size, channels)
             if meta['vae']:
-                file = 'latents.npy'
-                shape = meta['flips'], 2 * meta['channels'], meta['size'], meta['size']
+                file, row = 'latents.npy', (meta['flips'], 2 * channels, size, size)
             self.array = np.load(f'{folder}/{file}', mmap_mode='r')
             self.labels = np.load(f'{folder}/labels.npy')
-            self.rows = np.flatnonzero(self.labels >= 0)
-            self.n_train = len(self.rows) - meta['heldout']
             n_classes = max(1, len(meta['classes']))
-        check(self.array.shape == (len(self.labels), *shape),
-              f'{folder}/{file} has the shape {self.array.shape}, not {(len(self.labels), *shape)}')
-        check(self.n_train > 0, f'{folder} has no images to train on')
-        check(self.labels.max() < n_classes, f'{folder} has labels beyond its {n_classes} classes')
-        self.eval_index = np.arange(len(self.rows))[-meta['heldout']:]
+        self.rows = np.flatnonzero(self.labels >= 0)
+        self.n_train = len(self.rows) - heldout
+        whole = self.array.shape == (len(self.labels), *row) and self.labels.max() < n_classes
+        check(whole and self.n_train > 0, f'{folder} is not what its meta.json says')
+        self.eval_name = 'heldout'
+        self.eval_index = np.arange(self.n_train, len(self.rows))
+        if heldout == 0:
+            self.eval_name = 'training'
+            self.eval_index = np.arange(self.n_train)
 
     def batch(self, index, device='cpu', flip=False, eps=None):
         """What the model sees of images, (B, C, H, W) float32, and their labels, (B,) int64.
@@ -251,35 +256,36 @@ def permutation(n, seed, epoch):
 
 
 def training_order(first, count, n, seed):
-    """The images at places first .. first + count - 1 of a run: each once an epoch, in new order."""
-    return np.array([permutation(n, seed, i // n)[i % n] for i in range(first, first + count)])
+    """The images at places first .. first + count - 1 of a run, which takes each once an epoch."""
+    places = range(first, first + count)
+    return np.array([permutation(n, seed, i // n)[i % n] for i in places])
 
 
 if __name__ == '__main__':
     source = ''             # a folder of pictures; the folders in it are classes
     out = ''                # the folder to make
     size = 256              # pictures are cropped and resized to size x size, as in ADM
-    vae = ''                # makes latents: an AutoencoderKL's folder or Hugging Face id
+    vae = ''                # for latents: an AutoencoderKL's folder or Hugging Face id
     flip = True             # training mirrors half of the images
     heldout = 0             # this many images, drawn at random, are not trained on
     batch_size = 32         # images in a call of the VAE: fewer if they are large
     device = 'auto'
     configure(globals(), at_least_1='size batch_size')
-    check(source and out, 'give the pictures and the dataset: --source=FOLDER --out=data/NAME')
+    check(source and out, 'give pictures and a dataset: --source=FOLDER --out=data/NAME')
     out = out.rstrip('/')
-    check(not os.path.exists(out), f'{out} exists: delete it, or give another --out')
+    check(not exists(out), f'{out} exists: delete it, or give another --out')
     device, rank, world = launch(device)
     files, labels, classes = list_pictures(source)
     N, flips = len(files), 1 + flip
-    check(heldout < N, f'heldout must be less than the {N} pictures, but it is {heldout}')
+    check(heldout < N, f'heldout must be less than the {N} pictures, not {heldout}')
     order = np.arange(N)
     if heldout:             # by name the last would be of one class
         order = np.random.default_rng(0).permutation(N)
-    meta = dict(source=source, size=size, image_size=size, channels=3, count=N, heldout=heldout,
-                classes=classes, flips=flips, vae=vae)
-    encoder = load_vae(meta, device)
+    encoder = load_vae(dict(vae=vae), device)
     black = np.zeros((size, size, 3), np.uint8)
-    row = encode(encoder, black[None], flips)[0]
+    row = encode(encoder, black[None], flips)[0]        # of the array
+    meta = dict(source=source, size=size, channels=3, image_size=size, count=N,
+                classes=classes, heldout=heldout, flips=flips, vae=vae)
     parts = f'{out}.parts'      # becomes `out` when it is complete
     file = f'{parts}/images.npy'
     if vae:
@@ -291,10 +297,10 @@ if __name__ == '__main__':
             shutil.rmtree(parts, ignore_errors=True)
             os.makedirs(parts)
             np.save(f'{parts}/labels.npy', labels[order])
-            np.lib.format.open_memmap(file, 'w+', row.dtype, (N, *row.shape))
+            open_memmap(file, 'w+', row.dtype, (N, *row.shape))
             if hasattr(os, 'posix_fallocate'):
                 with open(file, 'r+') as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
+                    os.posix_fallocate(f.fileno(), 0, getsize(file))
     barrier()
     array = np.load(file, mmap_mode='r+')
     labels = np.load(f'{parts}/labels.npy', mmap_mode='r+')
@@ -305,9 +311,10 @@ if __name__ == '__main__':
         try:
             return read_picture(files[order[i]], size)
         except ValueError as error:
-            tqdm.write(f'left out: {error}')
+            tqdm.write(f'left out: {error}', file=sys.stderr)
             labels[i] = -1
-            check((labels < 0).sum() <= N // 100, f'more than 1% of {N} pictures cannot be read')
+            wrong = (labels < 0).sum()
+            check(wrong <= N // 100, f'{wrong} of {N} pictures cannot be read, more than 1%')
             return black
 
     def prepare(first):
@@ -318,9 +325,8 @@ if __name__ == '__main__':
             array[rows] = encode(encoder, images, flips)
 
     starts = range(rank * batch_size, N, world * batch_size)
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(prepare, starts), total=len(starts), disable=rank > 0):
-            pass
+    with ThreadPoolExecutor() as pool:      # some read while one encodes
+        list(tqdm(pool.map(prepare, starts), total=len(starts), disable=rank > 0))
     array.flush()
     labels.flush()
     barrier()
@@ -330,5 +336,6 @@ if __name__ == '__main__':
         data = Dataset(out)
         print(f'{out}: {len(data.rows)} images, {N - len(data.rows)} left out')
         if vae:
-            std = data.batch(np.arange(0, len(data.rows), 1 + N // 1000))[0].std()
-            print(f'scaling factor {meta["scaling_factor"]}, std of the scaled latents {std:.4f}')
+            x, _ = data.batch(np.arange(0, len(data.rows), 1 + N // 1000))
+            factor = meta['scaling_factor']
+            print(f'scaling factor {factor}, std of the scaled latents {x.std():.4f}')

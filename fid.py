@@ -31,18 +31,20 @@ WEIGHTS = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}'
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
-# The FID Inception, in torchvision's names less their prefixes. A block joins its branches. A branch
-# is convolutions and pools, one after another: `!` is without padding, `!!` also of stride 2.
+# The FID Inception, in torchvision's names less their prefixes. A block joins branches. A branch is
+# convolutions and pools, one after another. `!` is without padding, `!!` has stride 2, too.
 STEM = '1a_3x3!! 2a_3x3! 2b_3x3 max!! 3b_1x1 4a_3x3! max!!'
 A = ['1x1', '5x5_1 5x5_2', '3x3dbl_1 3x3dbl_2 3x3dbl_3', 'average _pool']
 B = ['3x3!!', '3x3dbl_1 3x3dbl_2 3x3dbl_3!!', 'max!!']
-C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5', 'average _pool']
+C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5',
+     'average _pool']
 D = ['3x3_1 3x3_2!!', '7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4!!', 'max!!']
 E = ['1x1', '3x3_1 3x3_2a', '3x3_1 3x3_2b', '3x3dbl_1 3x3dbl_2 3x3dbl_3a',
      '3x3dbl_1 3x3dbl_2 3x3dbl_3b', 'average _pool']
 LAST = E[:-1] + ['max _pool']
-BLOCKS = {'5b': A, '5c': A, '5d': A, '6a': B, '6b': C, '6c': C, '6d': C, '6e': C, '7a': D, '7b': E,
-          '7c': LAST}
+BLOCKS = {'5b': A, '5c': A, '5d': A, '6a': B, '6b': C, '6c': C, '6d': C, '6e': C,
+          '7a': D, '7b': E, '7c': LAST}
+NORM = ('running_mean', 'running_var', 'weight', 'bias')
 
 
 def run_branch(weights, x, prefix, names):
@@ -57,9 +59,8 @@ def run_branch(weights, x, prefix, names):
             padding = 'valid' if '!' in name else 'same'
             name = prefix + name.strip('!')
             x = F.conv2d(x, weights[f'{name}.conv.weight'], None, stride, padding)
-            mean, variance = weights[f'{name}.bn.running_mean'], weights[f'{name}.bn.running_var']
-            scale, shift = weights[f'{name}.bn.weight'], weights[f'{name}.bn.bias']
-            x = F.relu(F.batch_norm(x, mean, variance, scale, shift, eps=1e-3))
+            norm = [weights[f'{name}.bn.{part}'] for part in NORM]
+            x = F.relu(F.batch_norm(x, *norm, eps=1e-3))
     return x
 
 
@@ -70,21 +71,21 @@ def inception_features(weights, images):
     x = F.interpolate(x, (299, 299), mode='bilinear')       # no antialias
     x = run_branch(weights, x, 'Conv2d_', STEM)
     for block, branches in BLOCKS.items():
-        parts = [run_branch(weights, x, f'Mixed_{block}.branch', names) for names in branches]
-        x = torch.cat(parts, dim=1)
+        prefix = f'Mixed_{block}.branch'
+        x = torch.cat([run_branch(weights, x, prefix, names) for names in branches], dim=1)
     return x.mean((2, 3))
 
 
 def load_inception(file, device):
-    """The weights, and 'published' or the sha256 of others. '' is torch.hub's copy, fetched once."""
-    options = dict(map_location=device, weights_only=True)
-    with explain(f'cannot load the Inception weights {file!r}: put {URL} in a file and give '
-                 '--inception=FILE', RuntimeError, KeyError):
+    """The weights, and 'published' or the sha256 of others. '' is torch.hub's copy."""
+    with explain(f'cannot load the Inception weights {file!r}: put {URL} in a file and '
+                 'give --inception=FILE', RuntimeError, KeyError):
         if not file:
-            torch.hub.load_state_dict_from_url(URL, check_hash=True, **options)
+            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
             file = f'{torch.hub.get_dir()}/checkpoints/{WEIGHTS}'
-        weights = torch.load(file, **options)
-        inception_features(weights, torch.zeros(1, 8, 8, 3, dtype=torch.uint8, device=device))
+        weights = torch.load(file, map_location=device, weights_only=True)
+        black = torch.zeros(1, 8, 8, 3, dtype=torch.uint8, device=device)
+        inception_features(weights, black)      # are they complete?
     sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return weights, 'published' if sha256 == SHA256 else sha256
 
@@ -100,13 +101,13 @@ def mean_and_covariance(features):
 def frechet_distance(mu1, S1, mu2, S2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of means (D,) and covariances (D, D), float64.
 
-    The last trace is the sum of the roots of the eigenvalues of the symmetric sqrt(S1) S2 sqrt(S1):
-    real and finite at any rank.
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where R R^T = S1:
+    it is symmetric, so they are real at any rank.
     """
     values, V = eigh(S1)
     kept = values >= values.max() * len(values) * np.finfo(float).eps   # else rounding
-    root = V[:, kept] * np.sqrt(values[kept])       # root root^T = S1
-    eigenvalues = eigh(root.T @ S2 @ root, eigvals_only=True).clip(min=0)
+    R = V[:, kept] * np.sqrt(values[kept])
+    eigenvalues = eigh(R.T @ S2 @ R, eigvals_only=True).clip(min=0)
     traces = S1.trace() + S2.trace() - 2 * np.sqrt(eigenvalues).sum()
     return max(((mu1 - mu2) ** 2).sum() + traces, 0.0)
 
@@ -119,12 +120,12 @@ def precision_recall(samples, reference, k=3):
     """
     # Without matrix products, whose rounding tells equal distances apart
     distances = partial(torch.cdist, compute_mode='donot_use_mm_for_euclid_dist')
-    sample_radii = distances(samples, samples).kthvalue(k + 1).values       # itself is the nearest
+    sample_radii = distances(samples, samples).kthvalue(k + 1).values   # itself is the first
     reference_radii = distances(reference, reference).kthvalue(k + 1).values
     between = distances(samples, reference)
-    precision = (between <= reference_radii).any(1)
-    recall = (between <= sample_radii[:, None]).any(0)
-    return precision.double().mean().item(), recall.double().mean().item()
+    precise = (between <= reference_radii).any(1).sum().item()
+    recalled = (between <= sample_radii[:, None]).any(0).sum().item()
+    return precise / len(samples), recalled / len(reference)
 
 
 def open_images(path, size):
@@ -134,12 +135,12 @@ def open_images(path, size):
     """
     if os.path.isfile(f'{path}/meta.json'):
         data = Dataset(path)
-        check(not data.meta['vae'], f'{path!r} is of latents: give the pictures themselves')
+        check(not data.meta['vae'], f'{path!r} is of latents: give their pictures')
         read, items = data.array.__getitem__, data.rows[:data.n_train]
     elif path.endswith('.npz'):
-        with explain(f'{path!r} has neither images (arr_0) nor statistics (mu, sigma)', KeyError):
+        with explain(f'{path!r} has no images (arr_0)', KeyError, IndexError):
             images = np.load(path)['arr_0']
-        check(images.dtype == np.uint8, f'the images in {path!r} are {images.dtype}, not uint8')
+        check(images.dtype == np.uint8, f'{path!r} has images of {images.dtype}, not uint8')
         read, items = images.__getitem__, range(len(images))
     else:
         read, items = partial(read_picture, size=size), list_pictures(path)[0]
@@ -151,12 +152,12 @@ def load_statistics(path):
     """(mu, sigma, count) of an .npz of statistics, count 0 if it is not stated; None of images."""
     if not path.endswith('.npz'):
         return None
-    with explain(f'{path!r} has neither images (arr_0) nor statistics (mu, sigma)', KeyError):
+    with explain(f'{path!r} has no images (arr_0) or statistics (mu, sigma)', KeyError):
         arrays = np.load(path)
         if 'mu' not in arrays:
             return None
         mu, sigma, count = arrays['mu'], arrays['sigma'], int(arrays.get('count', 0))
-    check(sigma.shape == (2048, 2048) and np.isfinite(mu.sum() + sigma.sum()),
+    check(mu.shape + sigma.shape == (2048,) * 3 and np.isfinite(mu.sum() + sigma.sum()),
           f'mu and sigma in {path!r} must be of 2048 features, and finite')
     return mu, sigma, count
 
@@ -167,14 +168,13 @@ def extract(weights, read, items, batch_size, device, rank=0, world=1):
     share, mine = items[rank::world], features[rank::world]
     with ThreadPoolExecutor() as pool:
         for i in tqdm(range(0, len(share), batch_size), disable=rank > 0):
-            with explain('images must be readable, of one size (--size), and grey or RGB',
-                         RuntimeError):
+            with explain('images must be readable, of one size, grey or RGB', RuntimeError):
                 images = np.stack(list(pool.map(read, share[i:i + batch_size])))
                 images = torch.from_numpy(images).expand(-1, -1, -1, 3)
             mine[i:i + batch_size] = inception_features(weights, images.to(device))
     if world > 1:
         dist.all_reduce(features)
-    check(features.isfinite().all(), 'the features are not finite: are these the right weights?')
+    check(features.isfinite().all(), 'features are not finite: are the weights right?')
     return features
 
 
@@ -182,21 +182,21 @@ if __name__ == '__main__':
     samples = ''            # a folder, an .npz of images, or a dataset of pixels
     ref = ''                # the same, or an .npz of statistics
     save_stats = ''         # an .npz for the statistics of ref
-    size = 0                # crop a folder's pictures to this, as data.py does; 0 takes them whole
+    size = 0                # crop a folder's pictures to this, as data.py; 0 does not
     inception = ''          # a file of weights; '' downloads the published ones once
     batch_size = 64         # of each process
     pr_samples = 10_000     # precision and recall are of the first so many of each
     device = 'auto'
     configure(globals(), at_least_1='batch_size')
-    check(ref and (samples or save_stats), 'give --ref=B, and --samples=A or --save_stats=FILE.npz')
+    check(ref and (samples or save_stats), 'give --ref=B and --samples=A or --save_stats=C')
     folder = os.path.dirname(save_stats) or '.'
     check(os.path.isdir(folder), f'there is no folder {folder!r} for {save_stats}')
     device, rank, world = launch(device)
-    device = device.replace('mps', 'cpu')       # mps has no float64
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     # All files are opened before the work
-    a, b, statistics = None, None, load_statistics(ref)
+    a = b = None
+    statistics = load_statistics(ref)
     if samples:
         images = open_images(samples, size)
     if statistics is None:
@@ -213,14 +213,15 @@ if __name__ == '__main__':
     mu, sigma, n_ref = statistics
     result = dict(samples=samples, ref=ref, n_ref=n_ref, size=size, inception=made_with)
     if samples:
+        distance = frechet_distance(*mean_and_covariance(a), mu, sigma)
+        result |= dict(n_samples=len(a), fid=distance)
         if min(len(a), n_ref or 2048) < 2048:
-            print('warning: below 2,048 images FID is far too high: covariances are singular')
-        result |= dict(n_samples=len(a), fid=frechet_distance(*mean_and_covariance(a), mu, sigma))
-    if samples and b is not None:
+            print('warning: below 2,048 images covariances are singular: FID is too high')
+    if samples and b is not None and min(len(a), len(b), pr_samples) > 3:
         a, b = a[:pr_samples], b[:pr_samples]
-        if min(len(a), len(b)) > 3:
-            precision, recall = precision_recall(a, b)
-            result |= dict(precision=precision, recall=recall, pr_samples=len(a), pr_ref=len(b))
+        precision, recall = precision_recall(a, b)
+        result |= dict(precision=precision, recall=recall, pr_samples=len(a),
+                       pr_ref=len(b))
     print(json.dumps(result))
     if save_stats:
         np.savez(save_stats, mu=mu, sigma=sigma, count=n_ref, inception=made_with)

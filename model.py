@@ -58,29 +58,28 @@ def reconstruct(pyramid):
 
 
 # -------------------------------------------------------------------------------------------------
-# Alg. 1: paths, velocities and the loss
+# Paths, velocities and the loss of Alg. 1, and how a scale joins in Alg. 2
 
-POWERS = {'linear': 1, 'quadratic': 2, 'cubic': 3}      # the noise decays as (1 - t)^power
+HALF_PI = math.pi / 2
+POWERS = {'linear': 1, 'quadratic': 2, 'cubic': 3}      # noise decays as (1 - t)^power
 
 
 def alpha(t, start, kind='linear'):
-    """Eq. (4a), Eq. (13): the coefficient of the data of a scale that starts at time `start`.
+    """Eq. (4a), Eq. (4b), Eq. (13): the coefficient of the data of a scale that starts at `start`.
 
-    Returns the coefficient and its derivative in t, both of the shape of t.
+    Returns it and its derivative in t. All kinds but 'gvp' have the linear one.
     """
     rate = 1 / (1 - start)
     ramp = (t - start) * rate
     if kind == 'gvp':
-        half_pi = math.pi / 2
-        return torch.sin(half_pi * ramp), half_pi * rate * torch.cos(half_pi * ramp)
-    return ramp, torch.full_like(t, rate)
+        return torch.sin(HALF_PI * ramp), HALF_PI * rate * torch.cos(HALF_PI * ramp)
+    return ramp, rate
 
 
 def sigma(t, kind='linear'):
-    """Eq. (4b), Eq. (13), Appendix D: the coefficient of the noise, and its derivative in t."""
+    """Eq. (4a), Eq. (4b), Appendix D: the coefficient of the noise, and its derivative in t."""
     if kind == 'gvp':
-        half_pi = math.pi / 2
-        return torch.cos(half_pi * t), -half_pi * torch.sin(half_pi * t)
+        return torch.cos(HALF_PI * t), -HALF_PI * torch.sin(HALF_PI * t)
     p = POWERS[kind]
     return (1 - t) ** p, -p * (1 - t) ** (p - 1)
 
@@ -90,7 +89,7 @@ def state_and_velocity(x1, x0, t, start, kind='linear'):
 
     x1 is data and x0 noise, both (B, C, H, W); t is (B,), from `start` to 1.
     """
-    t = t.view(-1, 1, 1, 1)
+    t = t.view(-1, 1, 1, 1)                     # (B, 1, 1, 1)
     alpha_t, d_alpha = alpha(t, start, kind)
     sigma_t, d_sigma = sigma(t, kind)
     x_t = alpha_t * x1 + sigma_t * x0
@@ -99,14 +98,16 @@ def state_and_velocity(x1, x0, t, start, kind='linear'):
 
 
 def packed_stages(B, K, device='cpu'):
-    """The stages of a packed batch, (B,): in order, equally many images in each stage."""
+    """The stages of a packed batch, (B,), for the draw in Alg. 1, line 6: 0 0 1 1 2 2 for B = 6."""
     return torch.arange(B, device=device) * K // B
 
 
 def stage_times(stage, uniform, config):
     """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s and draws from U[0, 1], all (B,)."""
-    in_stage = [start + (1 - start) * uniform for start in config.times[1:]]
-    return torch.stack(in_stage).gather(0, stage[None])[0]
+    t = uniform
+    for s, start in enumerate(config.times[1:]):
+        t = torch.where(stage == s, start + (1 - start) * uniform, t)
+    return t
 
 
 def states_and_velocities(x1, x0, t, stage, config):
@@ -119,19 +120,19 @@ def states_and_velocities(x1, x0, t, stage, config):
     noise = laplacian_pyramid(x0, config.K)
     x_t, u_t = {}, {}
     for k in range(config.K):
-        B = int((stage <= k).sum())
-        if B > 0:
-            start = config.times[k + 1]
+        n = int((stage <= k).sum())             # the stages up to k train scale k
+        start = config.times[k + 1]
+        if n > 0:
             x_t[k], u_t[k] = state_and_velocity(
-                data[k][:B], noise[k][:B], t[:B], start, config.path)
+                data[k][:n], noise[k][:n], t[:n], start, config.path)
     return x_t, u_t
 
 
 def multiscale_loss(v, u, weights, B):
-    """Eq. (7) for a batch of B images, with velocities v and targets u.
+    """Eq. (7): summed over the scales, and averaged over all B images of a batch.
 
-    weights[k] is w_k: a number, or (B_k,) for weights per image. Scale k counts B_k / B, as in
-    Alg. 1. Returns the loss, and each image's mean squared error, {k: (B_k,)}.
+    v are velocities and u targets. weights[k] is w_k, a number, or (B_k,) for weights per image.
+    Returns the loss, and each image's mean squared error, {k: (B_k,)}.
     """
     total = 0.0
     errors = {}
@@ -142,12 +143,11 @@ def multiscale_loss(v, u, weights, B):
 
 
 def hand_over(state, k, x0, config):
-    """Alg. 2, lines 4 and 5: scale k joins the coarser ones in the ODE's state, a dict.
+    """Alg. 2, lines 3 to 5: scale k joins the coarser ones, Eq. (3) at its start where alpha is 0.
 
-    It joins as Eq. (3) at its start, where alpha is 0: sigma times its band x0[k] of the noise.
+    state is the ODE's, a dict. x0 is the pyramid of the noise.
     """
-    start = torch.tensor(config.times[k + 1])
-    sigma_start, _ = sigma(start, config.path)
+    sigma_start, _ = sigma(torch.tensor(config.times[k + 1]), config.path)
     return {k: sigma_start * x0[k], **state}
 
 
@@ -157,17 +157,17 @@ def hand_over(state, k, x0, config):
 
 @dataclass
 class LapFlowConfig:
-    """All that rebuilds a model. Settings that make no model raise ValueError with a sentence."""
+    """All that rebuilds a model. Settings that do not fit together raise ValueError."""
     size: int = 32          # H = W of the finest grid: pixels, or latents of a VAE
     channels: int = 4
     patch: int = 2
-    width: int = 1024       # DiT B, L, XL: width 768, 1024, 1152; depth 12, 24, 28; heads 12, 16, 16
+    width: int = 1024       # this is DiT-L; DiT-B has 768, 12, 12, and DiT-XL 1152, 28, 16
     depth: int = 24
     heads: int = 16
-    T: tuple = (0.5,)       # K = len(T) + 1 scales; () is flow matching; Eq. (10) recommends thirds
+    T: tuple = (0.5,)       # () is flow matching; Eq. (10) recommends thirds for K = 3
     n_classes: int = 0      # 0 is unconditional
     mask: str = 'causal'    # which scales a scale sees: see ATTENTION
-    shared: str = ''        # parts of a block that all scales share, with commas: see MoTBlock
+    shared: str = ''        # what all scales share, with commas: see MoTBlock
     path: str = 'linear'    # 'linear', 'gvp', 'quadratic' or 'cubic'
     image_tokens: bool = False      # not the paper's: see LapFlow.forward
 
@@ -182,18 +182,17 @@ class LapFlowConfig:
 
     def __post_init__(self):
         cell = 2 ** (self.K - 1) * self.patch
-        if list(self.times) != sorted(set(self.times), reverse=True):
-            raise ValueError(f'T must decrease inside (0, 1), not {self.T}')
-        if self.size % cell:
-            raise ValueError(f'a grid of {self.size} does not divide by 2^(K-1) x patch = {cell}')
-        if self.width % math.lcm(4, self.heads):
-            raise ValueError(f'width must divide by 4 and by heads, not {self.width}')
-        if self.mask not in ATTENTION:
-            raise ValueError(f'mask must be one of {list(ATTENTION)}, not {self.mask!r}')
-        if self.path not in ('gvp', *POWERS):
-            raise ValueError(f'path must be gvp or one of {list(POWERS)}, not {self.path!r}')
-        if not set(self.shared.split(',')) <= {'', 'qkv', 'proj', 'ffn', 'mod'}:
-            raise ValueError(f'shared takes any of qkv,proj,ffn,mod, not {self.shared!r}')
+        parts = {'qkv', 'proj', 'ffn', 'mod', ''}
+        decreasing = list(self.times) == sorted(set(self.times), reverse=True)
+        for key, holds, rule in (
+                ('T', decreasing, 'must decrease inside (0, 1)'),
+                ('size', self.size % cell == 0, f'must divide by 2^(K-1) x patch = {cell}'),
+                ('width', self.width % math.lcm(4, self.heads) == 0, 'must divide by 4 and heads'),
+                ('mask', self.mask in ATTENTION, f'must be one of {list(ATTENTION)}'),
+                ('path', self.path in ('gvp', *POWERS), f'must be gvp or one of {list(POWERS)}'),
+                ('shared', set(self.shared.split(',')) <= parts, 'takes qkv,proj,ffn,mod')):
+            if not holds:
+                raise ValueError(f'{key} {rule}, but it is {getattr(self, key)!r}')
 
 
 def sinusoid(x, dim):
@@ -220,54 +219,46 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-# Attention among the tokens of all scales. q, k and v are dicts {scale: (B_k, heads, N_k, d)}.
+# q, k, v: queries, keys and values, {scale: (B_i, heads, N_i, d)}. Here i and j are scales.
 
 
 def block_causal_attention(q, k, v):
-    """Eq. (9): a scale attends to itself and to the coarser scales.
+    """Eq. (9): scale i attends to itself and to the coarser scales.
 
     The mask M_c is never built: what it would hide is not computed.
     """
     out = {}
-    for scale in q:
-        B = len(q[scale])       # its images, which have all the coarser scales, too
-        seen = [other for other in q if other >= scale]
-        keys = torch.cat([k[other][:B] for other in seen], dim=2)
-        values = torch.cat([v[other][:B] for other in seen], dim=2)
-        out[scale] = F.scaled_dot_product_attention(q[scale], keys, values)
+    for i in q:
+        B = len(q[i])       # packed: the first B images are those with scale i
+        keys = torch.cat([k[j][:B] for j in q if j >= i], dim=2)
+        values = torch.cat([v[j][:B] for j in q if j >= i], dim=2)
+        out[i] = F.scaled_dot_product_attention(q[i], keys, values)
     return out
 
 
 def self_attention(q, k, v):
     """Mask 'self': a scale attends to itself alone."""
-    out = {}
-    for scale in q:
-        out[scale] = F.scaled_dot_product_attention(q[scale], k[scale], v[scale])
-    return out
+    return {i: F.scaled_dot_product_attention(q[i], k[i], v[i]) for i in q}
 
 
 def full_attention(q, k, v):
-    """Mask 'none': a scale attends to all scales of its image, which are those from its stage on.
-
-    So the images are taken stage by stage.
-    """
-    parts = {scale: [] for scale in q}
+    """Mask 'none': a scale attends to all scales that its image has: those from its stage s on."""
+    parts = {i: [] for i in q}
     first = 0
-    for stage in q:
-        images = slice(first, len(q[stage]))
-        first = len(q[stage])
-        if images.start == images.stop:
-            continue
-        seen = [scale for scale in q if scale >= stage]
-        keys = torch.cat([k[scale][images] for scale in seen], dim=2)
-        values = torch.cat([v[scale][images] for scale in seen], dim=2)
-        for scale in seen:
-            part = F.scaled_dot_product_attention(q[scale][images], keys, values)
-            parts[scale].append(part)
-    return {scale: torch.cat(parts[scale]) for scale in q}
+    for s in q:
+        images = slice(first, len(q[s]))        # those of stage s
+        if first < len(q[s]):
+            scales = [i for i in q if i >= s]
+            keys = torch.cat([k[i][images] for i in scales], dim=2)
+            values = torch.cat([v[i][images] for i in scales], dim=2)
+            for i in scales:
+                part = F.scaled_dot_product_attention(q[i][images], keys, values)
+                parts[i].append(part)
+        first = len(q[s])
+    return {i: torch.cat(parts[i]) for i in q}
 
 
-ATTENTION = {'causal': block_causal_attention, 'self': self_attention, 'none': full_attention}
+ATTENTION = dict(causal=block_causal_attention, self=self_attention, none=full_attention)
 
 
 def feed_forward(D):
@@ -277,7 +268,7 @@ def feed_forward(D):
 def experts(K, shared, layer, *sizes):
     """A layer for each of the K scales; if shared, K times the same one."""
     if shared:
-        return nn.ModuleList([layer(*sizes)] * K)
+        return nn.ModuleList([layer(*sizes)] * K)       # one layer, K names
     return nn.ModuleList([layer(*sizes) for _ in range(K)])
 
 
@@ -296,21 +287,25 @@ class MoTBlock(nn.Module):
         self.ffn = experts(K, 'ffn' in shared, feed_forward, D)
 
     def forward(self, z, c):
-        """z is {k: tokens (B_k, N_k, D)}, c the condition (B, D). Returns a dict like z."""
+        """z is {i: tokens (B_i, N_i, D)}, c the condition (B, D). Returns a dict like z.
+
+        The first tokens of the coarsest scale are those of t and y.
+        """
         q, k, v, modulation, out = {}, {}, {}, {}, {}
-        for scale in z:     # PreAttnMod and Eq. (8)
-            mod = self.mod[scale](c[:len(z[scale])])                            # (B_k, 6D)
-            modulation[scale] = mod.unsqueeze(1).chunk(6, dim=-1)               # six (B_k, 1, D)
-            shift_msa, scale_msa, _, _, _, _ = modulation[scale]
-            h = self.qkv[scale](modulate(z[scale], shift_msa, scale_msa))       # (B_k, N_k, 3D)
-            h = h.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            q[scale], k[scale], v[scale] = h                    # three (B_k, heads, N_k, D/heads)
+        for i in z:     # PreAttnMod and Eq. (8)
+            mod = self.mod[i](c[:len(z[i])])                            # (B_i, 6D)
+            modulation[i] = mod.unsqueeze(1).chunk(6, dim=-1)           # six of (B_i, 1, D)
+            shift_msa, scale_msa, _, _, _, _ = modulation[i]
+            h = self.qkv[i](modulate(z[i], shift_msa, scale_msa))       # (B_i, N_i, 3D)
+            h = h.unflatten(-1, (3, self.heads, -1))                    # (B_i, N_i, 3, heads, d)
+            h = h.permute(2, 0, 3, 1, 4)
+            q[i], k[i], v[i] = h                                        # (B_i, heads, N_i, d)
         attended = self.attention(q, k, v)
-        for scale in z:     # PostAttnMod
-            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[scale]
-            h = attended[scale].transpose(1, 2).flatten(2)                      # (B_k, N_k, D)
-            x = z[scale] + gate_msa * self.proj[scale](h)
-            out[scale] = x + gate_mlp * self.ffn[scale](modulate(x, shift_mlp, scale_mlp))
+        for i in z:     # PostAttnMod
+            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[i]
+            h = attended[i].transpose(1, 2).flatten(2)                  # (B_i, N_i, D)
+            x = z[i] + gate_msa * self.proj[i](h)
+            out[i] = x + gate_mlp * self.ffn[i](modulate(x, shift_mlp, scale_mlp))
         return out
 
 
@@ -322,11 +317,12 @@ class PatchEmbed(nn.Module):
         self.patch = config.patch
         self.linear = nn.Linear(config.channels * config.patch ** 2, config.width)
         n = config.size // (config.patch * 2 ** k)
-        self.register_buffer('positions', position_table(n, k, config.width), persistent=False)
+        positions = position_table(n, k, config.width)
+        self.register_buffer('positions', positions, persistent=False)
 
     def forward(self, x):
-        patches = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)   # (B, N, C*p*p)
-        return self.linear(patches.contiguous()) + self.positions
+        patches = F.pixel_unshuffle(x, self.patch).flatten(2)           # (B, C*p*p, N)
+        return self.linear(patches.transpose(1, 2).contiguous()) + self.positions
 
 
 class FinalLayer(nn.Module):
@@ -340,7 +336,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, z, c):
         shift, scale = self.mod(c).unsqueeze(1).chunk(2, dim=-1)
-        patches = self.linear(modulate(z, shift, scale)).transpose(1, 2)        # (B, C*p*p, N)
+        patches = self.linear(modulate(z, shift, scale)).transpose(1, 2)    # (B, C*p*p, N)
         n = math.isqrt(patches.shape[2])
         return F.pixel_shuffle(patches.unflatten(2, (n, n)), self.patch)
 
@@ -351,17 +347,17 @@ def zero_init(layer):
 
 
 class LapFlow(nn.Module):
-    """The model V_theta (Sec. 4.4, Figure 2), initialised as DiT: every block starts as identity."""
+    """The model V_theta (Sec. 4.4, Figure 2), initialised as DiT: a block starts as identity."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False      # recompute activations: less memory, more compute
+        self.checkpoint_blocks = False      # True: less memory, more compute
         D, K = config.width, config.K
         self.t_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.y_embed = None
         if config.n_classes:
-            self.y_embed = nn.Embedding(config.n_classes + 1, D)        # the last: the null label
+            self.y_embed = nn.Embedding(config.n_classes + 1, D)    # the last: the null label
         self.patch_embed = nn.ModuleList([PatchEmbed(config, k) for k in range(K)])
         self.blocks = nn.ModuleList([MoTBlock(config) for _ in range(config.depth)])
         self.final = nn.ModuleList([FinalLayer(config) for _ in range(K)])
@@ -395,17 +391,17 @@ class LapFlow(nn.Module):
     def forward(self, x_t, t, y=None):
         """Eq. (6): the velocities of the active scales.
 
-        x_t is {k: (B_k, C, H/2^k, W/2^k)}, finest first: a scale and all coarser ones, or one scale
-        alone. t (B,) are times, and y (B,) labels, of the coarsest scale's images; n_classes, or
-        y=None, is the null label. Returns a dict like x_t. Under the causal mask no coarse velocity
-        depends on a finer state.
+        x_t is {k: (B_k, C, H/2^k, W/2^k)}, finest first: a scale with all coarser ones (baselines
+        give one alone). t (B,) are times, and y (B,) labels, of the coarsest scale's images. The
+        null label is n_classes, or y=None. Returns a dict like x_t. Under the causal mask no coarse
+        velocity depends on a finer state.
         """
         tokens, c = self.condition(t, y)
         z = {}
         for k, x in x_t.items():
-            if self.config.image_tokens:    # show the image as far as it is known: Eq. (2)
+            if self.config.image_tokens:    # the image as far as it is known: Eq. (2)
                 x = reconstruct([x_t[j][:len(x)] for j in x_t if j >= k])
-            z[k] = self.patch_embed[k](x)                                       # (B_k, N_k, D)
+            z[k] = self.patch_embed[k](x)                               # (B_k, N_k, D)
         # The tokens of t and y stand with the coarsest scale, which every scale may see
         coarsest = max(z)
         z[coarsest] = torch.cat([tokens, z[coarsest]], dim=1)

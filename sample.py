@@ -10,9 +10,11 @@ pixels are the same within one grey level, whatever the batch and the number of 
 """
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image
 from torchdiffeq import odeint
 from tqdm import tqdm
@@ -21,21 +23,19 @@ from configurator import barrier, check, configure, explain, launch, precision
 from data import decode, load_vae
 from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, reconstruct
 
-METHODS = ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')       # only dopri5 chooses its own steps
+METHODS = ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')   # dopri5 alone is adaptive
 
 
+@dataclass
 class GuidedVelocity:
     """The model's velocity with classifier-free guidance, v_null + cfg (v_y - v_null).
 
-    Guidance acts on every channel, in one call for twice the batch. nfe counts the evaluations, a
-    guided pair as one.
+    Unlike DiT's it acts on every channel. nfe counts the evaluations, a guided pair as one.
     """
-
-    def __init__(self, model, y, cfg):
-        self.model = model
-        self.y = y
-        self.cfg = cfg
-        self.nfe = 0
+    model: LapFlow
+    y: torch.Tensor | None
+    cfg: float
+    nfe: int = 0
 
     def __call__(self, x, t):
         """x is {k: (B, C, H/2^k, W/2^k)}, t a tensor of one number. Returns a dict like x."""
@@ -56,31 +56,23 @@ class GuidedVelocity:
 def odeint_scales(velocity, state, start, end, method, steps, tol):
     """ODEINT of Alg. 2: the state, a dict {k: tensor}, at time `end` from that at `start`.
 
-    A fixed-step method makes a share of the `steps` over [0, 1]. dopri5 chooses its own steps. A
-    model that has diverged raises FloatingPointError.
+    Of the `steps` over [0, 1] a fixed-step method makes (end - start), at least one. dopri5 chooses
+    its own. torchdiffeq raises AssertionError where dopri5's steps shrink to nothing.
     """
-    n = 1
+    device = state[max(state)].device
+    n = max(1, round(steps * end) - round(steps * start))
     options = {}
-    t_end = torch.tensor([end], device=state[max(state)].device)
     if method == 'dopri5':
-        options['step_t'] = t_end       # a step ends here: the model is not asked beyond
-    else:
-        n = max(1, round(steps * end) - round(steps * start))
-    t = torch.linspace(start, end, n + 1, device=t_end.device)
+        n = 1
+        options['step_t'] = torch.tensor([end], device=device)      # no step goes beyond
+    t = torch.linspace(start, end, n + 1, device=device)
 
     def ode(time, x):
-        time = time.clamp(start, end)   # dopri5's first probe may lie beyond, too
+        time = time.clamp(start, end)       # dopri5's first probe goes beyond
         v = velocity(dict(zip(state, x)), time)
         return tuple(v.values())
 
-    try:
-        x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method,
-                   options=options)
-    except AssertionError as error:     # torchdiffeq's, or a fork's own
-        if 'underflow in dt' not in str(error) and 'non-finite' not in str(error):
-            raise
-        raise FloatingPointError(f'{method} cannot solve the ODE from t = {start:g}: the model has '
-                                 'diverged, or needs another method or tol') from error
+    x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method, options=options)
     return {k: x_k[-1] for k, x_k in zip(state, x)}
 
 
@@ -88,9 +80,8 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
 def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0):
     """Alg. 2: images (B, C, H, W) from noise (B, C, H, W) float32, and the number of evaluations.
 
-    y is (B,) labels or None. method is one of METHODS; dopri5 has the absolute and relative
-    tolerance tol, the others make `steps` steps over [0, 1], shared among the segments by their
-    length, at least one each. cfg = 1 is the conditional model.
+    y is (B,) labels or None. method is one of METHODS. tol is dopri5's absolute and relative
+    tolerance; the others make `steps` steps. cfg = 1 is the conditional model.
     """
     config = model.config
     x0 = laplacian_pyramid(noise, config.K)
@@ -108,9 +99,8 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0)
 
 def noise_of(seed, index, shape):
     """Standard normal noise of the samples in index, (len(index), *shape), each from (seed, i)."""
-    noise = []
-    for i in index:
-        noise.append(np.random.default_rng((seed, i)).standard_normal(shape, np.float32))
+    generators = [np.random.default_rng((seed, i)) for i in index]
+    noise = [generator.standard_normal(shape, np.float32) for generator in generators]
     return torch.from_numpy(np.stack(noise))
 
 
@@ -125,33 +115,33 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw(model, vae, meta, seed, index, classes, autocast, **solver):
+def draw(model, vae, meta, seed, index, classes, autocast, method, steps, tol, cfg):
     """The pictures of the samples in index, (B, H, W, C) uint8, and the number of evaluations.
 
-    meta is the dataset's. classes are the numbers of those to draw. solver has more arguments of
-    `generate`. dopri5 runs in float32: rounding can make it reject its steps.
+    meta is the dataset's. classes are the numbers of those to draw. The last four are `generate`'s.
+    dopri5 runs in float32: rounding can make it reject its steps.
     """
     config = model.config
     device = next(model.parameters()).device
-    noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
+    shape = config.channels, config.size, config.size
+    noise = noise_of(seed, index, shape).to(device)
     y = None
     if config.n_classes > 0:
         y = torch.tensor(labels_of(index, classes), device=device)
-    if solver['method'] == 'dopri5':
+    if method == 'dopri5':
         autocast = nullcontext()
     with autocast:
-        x, nfe = generate(model, noise, y, **solver)
+        x, nfe = generate(model, noise, y, method, steps, tol, cfg)
     return to_uint8(decode(vae, x, meta)), nfe
 
 
 def save_grid(file, images, columns=10):
     """Writes (N, H, W, C) uint8 images as one picture, row by row."""
     N, H, W, C = images.shape
-    rows = (N + columns - 1) // columns
-    canvas = np.zeros((rows * columns, H, W, C), np.uint8)
-    canvas[:N] = images
-    canvas = canvas.reshape(rows, columns, H, W, C).swapaxes(1, 2)
-    Image.fromarray(canvas.reshape(rows * H, columns * W, C).squeeze()).save(file)
+    missing = np.zeros((-N % columns, H, W, C), np.uint8)       # in the last row
+    grid = np.concatenate([images, missing]).reshape(-1, columns, H, W, C)
+    pixels = grid.swapaxes(1, 2).reshape(-1, columns * W, C)
+    Image.fromarray(pixels.squeeze()).save(file)
 
 
 def load_checkpoint(file):
@@ -178,27 +168,26 @@ def sampling_defaults(settings):
 
 def check_solver(config, method, tol, cfg):
     """Ends the script with one sentence if `generate` cannot take these."""
-    check(method in METHODS, f'method must be one of {", ".join(METHODS)}, but it is {method!r}')
+    check(method in METHODS, f'method must be one of {METHODS}, but it is {method!r}')
     check(tol > 0, f'tol must be more than 0, but it is {tol}')
-    check(cfg == 1 or config.n_classes, 'the model is unconditional, so cfg must be 1: --cfg=1')
+    check(cfg == 1 or config.n_classes, 'the model is unconditional, so cfg must be 1')
 
 
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
-    out = ''                # NAME.png, NAME.npz or a new folder NAME/; '' is beside the checkpoint
+    out = ''                # NAME.png, .npz or a folder NAME/; '': beside the checkpoint
     num_samples = 100
     batch_size = 100        # of each process
-    cls = ''                # a class, by name or number, for all samples; '': all classes in turn
+    cls = ''                # the name or number of one class; '' is all in turn
     seed = 0
-    vae = ''                # where the VAE is, if it is not where it was in training
+    vae = ''                # where the VAE is now, if it has moved
     method = 'dopri5'       # these four: the checkpoint's own, unless given
     steps = 50
     tol = 1e-5
     cfg = 1.0
     device = 'auto'
-    dtype = 'float32'       # TF32 on GPUs; bfloat16 and auto are for fixed-step methods
-    configure(globals(), at_least_1='num_samples batch_size steps', inherit=sampling_defaults)
-
+    dtype = 'float32'       # TF32 on GPUs; others are for fixed-step methods
+    configure(globals(), 'num_samples batch_size steps', inherit=sampling_defaults)
     device, rank, world = launch(device)
     checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, device)
@@ -212,26 +201,32 @@ if __name__ == '__main__':
     if cls in meta['classes']:
         classes = [meta['classes'].index(cls)]
     elif cls:
-        check(cls.isdecimal() and int(cls) in classes, f'cls must be the name of a class or a '
-              f'number below {len(classes)}, but it is {cls!r}')
+        check(cls.isdecimal() and int(cls) in classes, 'cls must be the name of a class '
+              f'or a number below {len(classes)}, but it is {cls!r}')
         classes = [int(cls)]
     out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
-    check(out.endswith(('.png', '.npz', '/')), f'out must end in .png, .npz or /, not {out!r}')
+    check(out.endswith(('.png', '.npz', '/')), f'out must be .png, .npz or NAME/: {out!r}')
 
-    # Every process writes its images to one array; then they become what is wanted
-    file = f'{out.rstrip("/")}.npy'
-    shape = num_samples, meta['image_size'], meta['image_size'], 3 if vae else meta['channels']
+    # All processes write to one array, which becomes what is wanted
+    file = f'{out.rstrip("/")}.parts.npy'
+    side = meta.get('image_size', meta['size'])
+    shape = num_samples, side, side, 3 if vae else meta['channels']
     if rank == 0:
-        with explain(f'cannot write {out}, or it exists'):
-            os.makedirs(os.path.dirname(out) or '.', exist_ok=not out.endswith('/'))
-            np.lib.format.open_memmap(file, 'w+', np.uint8, shape)
+        with explain(f'cannot write {out}'):
+            os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+            check(out[-1] != '/' or not os.listdir(out), f'{out} is not empty')
+            open_memmap(file, 'w+', np.uint8, shape)
     barrier()
     images = np.load(file, mmap_mode='r+')
-    for first in tqdm(range(rank * batch_size, num_samples, world * batch_size), disable=rank > 0):
+    nfes = []
+    starts = range(rank * batch_size, num_samples, world * batch_size)
+    for first in tqdm(starts, disable=rank > 0):
         index = range(first, min(first + batch_size, num_samples))
-        with explain('these samples cannot be drawn', FloatingPointError):
+        with explain('the samples cannot be drawn: has the model diverged?', FloatingPointError,
+                     AssertionError):
             images[index], nfe = draw(model, vae, meta, seed, index, classes, autocast,
-                                      method=method, steps=steps, tol=tol, cfg=cfg)
+                                      method, steps, tol, cfg)
+        nfes.append(nfe)
     barrier()
     with explain(f'cannot write {out}'):
         if out.endswith('/'):
@@ -240,10 +235,9 @@ if __name__ == '__main__':
         elif rank == 0 and out.endswith('.png'):
             save_grid(out, images)
         elif rank == 0:
-            arrays = dict(arr_0=images)
-            if classes:
-                arrays['arr_1'] = labels_of(range(num_samples), classes)
-            np.savez(out, **arrays)
+            labels = [labels_of(range(num_samples), classes)] if classes else []
+            np.savez(out, images, *labels)      # as arr_0, arr_1
+    barrier()
     if rank == 0:
         os.remove(file)
-        print(f'{num_samples} samples, {method}, NFE {nfe}: {out}')
+        print(f'{num_samples} samples, {method}, NFE {np.mean(nfes):.1f}: {out}')

@@ -29,16 +29,16 @@ from sample import check_solver, draw, load_checkpoint, save_grid
 # -------------------------------------------------------------------------------------------------
 # Settings, which config files and --key=value override
 out_dir = 'out'
-eval_interval = 1000        # iterations between checkpoints, each with held-out errors and a picture
+eval_interval = 1000        # iterations between evaluations, each after a checkpoint
 log_interval = 10
-snapshot_interval = 0       # iterations between checkpoints that are kept, ckpt-N.pt; 0: none
-eval_images = 512           # for the held-out errors
+snapshot_interval = 0       # iterations between kept checkpoints, ckpt-N.pt; 0 is off
+eval_images = 512           # in the held-out errors
 sample_images = 100         # in samples.png, ten to a row
 # data
 dataset = 'digits'          # a folder made by data.py, or its name in data/
-batch_size = 128            # images per iteration, over all processes and micro-batches
+batch_size = 128            # per iteration, over all processes and micro-batches
 gradient_accumulation_steps = 1
-# model: see LapFlowConfig
+# model: fields of LapFlowConfig, by their names
 patch = 2
 width = 768
 depth = 12
@@ -49,19 +49,19 @@ shared = ''
 path = 'linear'
 image_tokens = False
 checkpoint_blocks = False   # activation checkpointing: less memory, more compute
-# optimisation: AdamW
+# optimisation by AdamW
 loss_weights = ()           # w_k of Eq. (7), finest scale first; () is 1 for each
 label_drop = 0.1            # share of labels replaced by the null label, for guidance
 max_iters = 10_000
 learning_rate = 2e-4
 warmup_iters = 0
-min_lr = 1e-6               # reached at max_iters by a cosine; learning_rate keeps it constant
+min_lr = 1e-6               # at max_iters, by a cosine; learning_rate keeps it constant
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0             # 0 is off
 ema_decay = 0.0             # 0 is off
-# sampling defaults, which the checkpoint carries: see sample.py
+# sampling, also the defaults of sample.py for the checkpoint
 method = 'dopri5'
 steps = 50
 tol = 1e-5
@@ -69,33 +69,34 @@ cfg = 1.0
 # system
 seed = 0
 device = 'auto'             # cuda, mps or cpu
-dtype = 'auto'              # of autocast: bfloat16 where the hardware has it, or float32
+dtype = 'auto'              # of autocast: bfloat16 if the hardware has it, or float32
 compile = True              # torch.compile, block by block
 config = configure(globals(), at_least_1=(
-    'eval_interval log_interval eval_images sample_images batch_size gradient_accumulation_steps '
-    'patch width depth heads max_iters steps'))
-check(label_drop <= 1, f'label_drop must be at most 1, but it is {label_drop}')
+    'eval_interval log_interval eval_images sample_images batch_size steps max_iters '
+    'gradient_accumulation_steps patch width depth heads'))
 check(max(beta1, beta2, ema_decay) < 1, 'beta1, beta2 and ema_decay must be below 1')
-check(cfg == 1 or label_drop > 0, 'guidance (cfg) needs a null label: give label_drop, or --cfg=1')
+check(label_drop <= 1, f'label_drop is a share of 1, not {label_drop}')
+check(cfg == 1 or label_drop > 0, 'cfg needs a null label: raise label_drop, or --cfg=1')
 
 # -------------------------------------------------------------------------------------------------
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = precision(device, dtype)      # weights, optimizer and EMA are float32
-torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')    # slow backward
+# The backward pass of the CPU's flash attention is slow in bfloat16 (its switch is this, too)
+torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
-size, channels, n_classes = data.meta['size'], data.meta['channels'], len(data.meta['classes'])
+size, channels = data.meta['size'], data.meta['channels']
+n_classes = len(data.meta['classes'])
+model_args = {key: config[key] for key in LapFlowConfig.__dataclass_fields__ if key in config}
 with explain('these settings make no model'):
-    model_config = LapFlowConfig(
-        size=size, channels=channels, patch=patch, width=width, depth=depth, heads=heads, T=T,
-        n_classes=n_classes, mask=mask, shared=shared, path=path, image_tokens=image_tokens)
+    model_config = LapFlowConfig(size, channels, n_classes=n_classes, **model_args)
 K = model_config.K
-weights = loss_weights or (1.0,) * K
-check(len(weights) == K, f'loss_weights must be one for each of the {K} scales, not {weights}')
+loss_weights = loss_weights or (1.0,) * K
+check(len(loss_weights) == K, f'loss_weights must be {K}, one a scale, not {loss_weights}')
 shares = world * gradient_accumulation_steps
 check(batch_size % shares == 0 and batch_size >= K * shares,
-      f'batch_size {batch_size} must split into {shares} parts (processes x accumulation steps) '
-      f'of at least {K} images (scales)')
+      f'batch_size {batch_size} must split into {shares} parts (processes x accumulation'
+      f' steps) of at least {K} images (scales)')
 check_solver(model_config, method, tol, cfg)
 
 torch.manual_seed(seed)
@@ -108,13 +109,12 @@ ema = None
 if ema_decay > 0:
     ema = copy.deepcopy(model).requires_grad_(False)
 iteration = 0
-
 ckpt_path = f'{out_dir}/ckpt.pt'
 if os.path.exists(ckpt_path):
     saved = load_checkpoint(ckpt_path)
     there = asdict(LapFlowConfig(**saved['model_args'])) | saved['data']
     here = asdict(model_config) | data.meta
-    differences = changes(there, here, but=('source', 'vae', 'latent_std'))
+    differences = changes(there, here, but=('source', 'vae'))
     check(not differences, f'{ckpt_path} is of other settings or data ({differences}): '
           'give another --out_dir')
     model.load_state_dict(saved['model'])
@@ -123,8 +123,7 @@ if os.path.exists(ckpt_path):
     if ema is not None:
         ema.load_state_dict(saved['ema'] or saved['model'])
     iteration = saved['iter_num']
-    if rank == 0:
-        print(f'resuming {ckpt_path} at iteration {iteration}; {changes(saved["config"], config)}')
+    print('resuming', ckpt_path, 'at', iteration, changes(saved['config'], config))
     del saved       # or its tensors stay in memory
 if iteration >= max_iters:
     print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
@@ -135,20 +134,20 @@ if compile:
         block.compile(dynamic=False)
 net = model
 if world > 1:
-    net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, broadcast_buffers=False,
+                                  gradient_as_bucket_view=True)
 if rank == 0:
     vae = load_vae(data.meta, device)
     with explain(f'cannot write to {out_dir}'):
         os.makedirs(out_dir, exist_ok=True)
         log_file = open(f'{out_dir}/log.csv', 'a', buffering=1)
-        if log_file.tell() == 0:
-            columns = [f'heldout_{k}' for k in range(K)]
-            print('iter', 'loss', 'lr', 'grad_norm', 'images_per_s', *columns, sep=',',
-                  file=log_file)
-    count = sum(p.numel() for p in parameters)
-    print(f'{count / 1e6:.2f} M parameters, {K} scales of {size} x {size} and coarser, '
-          f'{data.n_train} images, {max_iters} iterations of {batch_size}, '
-          f'{world} process(es) on {device}, {dtype}')
+    if log_file.tell() == 0:
+        columns = [f'{data.eval_name}_{k}' for k in range(K)]
+        print('iter,loss,lr,grad_norm,images_per_s', *columns, sep=',', file=log_file)
+count = sum(p.numel() for p in parameters)
+print(f'{count:,} parameters, {K} scales of {size} x {size} and coarser, '
+      f'{data.n_train} images, {max_iters} iterations of {batch_size}, '
+      f'{world} process(es) on {device}, {dtype}')
 
 
 def learning_rate_at(iteration):
@@ -170,7 +169,7 @@ def random_inputs(n, *key):
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
     eps = torch.randn(noise.shape, generator=generator, device=device)
-    flip = np.random.default_rng((seed, *key)).random(n) < 0.5      # images are read on the CPU
+    flip = np.random.default_rng((seed, *key)).random(n) < 0.5      # on the CPU
     return uniform, [noise, drop < label_drop, flip, eps]
 
 
@@ -180,11 +179,11 @@ def loss_of(net, index, t, inputs, share):
     x1, y = data.batch(index[share], device, flip, eps)
     if n_classes > 0:
         y = torch.where(drop, n_classes, y)
-    stage = packed_stages(len(index), K)[share]
+    stage = packed_stages(len(index), K)[share]     # on the CPU: nobody waits for its counts
     x_t, u_t = states_and_velocities(x1, noise, t[share], stage, model_config)
     with autocast:
         v_t = net(x_t, t[share], y)
-    return multiscale_loss(v_t, u_t, weights, len(x1))
+    return multiscale_loss(v_t, u_t, loss_weights, len(x1))
 
 
 @torch.no_grad()
@@ -195,21 +194,22 @@ def evaluate():
     The processes share the images, and rank 0 draws samples.png. What fails is printed, and
     training goes on.
     """
-    net = model if ema is None else ema
+    net = ema or model
     sums = torch.zeros(2, K, device=device)     # of errors, of images
     try:
         index = data.eval_index[:eval_images]
         uniform, inputs = random_inputs(len(index), 1)
+        # Uniform times, whatever law a fork trains with
         t = stage_times(packed_stages(len(index), K, device), uniform, model_config)
-        parts = math.ceil(len(index) * shares / batch_size)     # as large as in training
+        parts = math.ceil(len(index) * shares / batch_size)     # micro-batches
         for i in range(rank, parts, world):
             _, errors = loss_of(net, index, t, inputs, slice(i, None, parts))
             for k in errors:
                 sums[0, k] += errors[k].sum()
                 sums[1, k] += len(errors[k])
         if rank == 0:
-            images, _ = draw(net, vae, data.meta, seed, range(sample_images), range(n_classes),
-                             autocast, method=method, steps=steps, tol=tol, cfg=cfg)
+            images, _ = draw(net, vae, data.meta, seed, range(sample_images),
+                             range(n_classes), autocast, method, steps, tol, cfg)
             save_grid(f'{out_dir}/samples.png', images)
     except Exception:
         traceback.print_exc()
@@ -220,8 +220,8 @@ def evaluate():
 
 def save(file):
     """Replaces the file in one step: whoever looks finds the old one or the new one, whole."""
-    checkpoint = dict(model=model.state_dict(), ema=ema and ema.state_dict(),
-                      optimizer=optimizer.state_dict(), iter_num=iteration, config=config,
+    checkpoint = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                      ema=ema and ema.state_dict(), iter_num=iteration, config=config,
                       model_args=asdict(model_config), data=data.meta)
     with explain(f'cannot write {file}; an older one is whole', RuntimeError):
         torch.save(checkpoint, f'{file}.tmp')
@@ -244,7 +244,7 @@ signal.signal(signal.SIGTERM, stop_soon)
 
 # -------------------------------------------------------------------------------------------------
 # Training
-skipped = torch.zeros((), device=device)    # updates in a row
+skipped = in_a_row = torch.zeros((), device=device)     # updates: since the last log step; now
 logged, clock = iteration, time.time()
 while iteration < max_iters:
     lr = learning_rate_at(iteration)
@@ -254,15 +254,18 @@ while iteration < max_iters:
     t = stage_times(packed_stages(batch_size, K, device), uniform, model_config)
     total = 0.0
     for micro in range(gradient_accumulation_steps):
-        net.require_backward_grad_sync = micro == gradient_accumulation_steps - 1   # of DDP
-        loss, _ = loss_of(net, index, t, inputs, slice(rank + world * micro, None, shares))
+        last = micro == gradient_accumulation_steps - 1
+        net.require_backward_grad_sync = last       # DDP's
+        share = slice(rank + world * micro, None, shares)
+        loss, _ = loss_of(net, index, t, inputs, share)
         loss = loss / gradient_accumulation_steps
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    # A gradient that is not finite makes fused AdamW skip its step, without a wait for the GPU
-    optimizer.found_inf = 1 - norm.isfinite().float()
-    skipped = (skipped + 1) * optimizer.found_inf
+    # Fused AdamW skips a step with found_inf, on the device: nobody waits for the GPU
+    optimizer.found_inf = found_inf = 1 - norm.isfinite().float()
+    skipped = skipped + found_inf
+    in_a_row = (in_a_row + 1) * found_inf
     optimizer.step()
     optimizer.zero_grad()
     iteration += 1
@@ -271,35 +274,37 @@ while iteration < max_iters:
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
 
-    evaluating = iteration % eval_interval == 0 or iteration == max_iters
     if snapshot_interval and iteration % snapshot_interval == 0 and rank == 0:
         save(f'{out_dir}/ckpt-{iteration}.pt')
+    evaluating = iteration % eval_interval == 0 or iteration == max_iters
     if not evaluating and iteration % log_interval != 0:
         continue
-    # All processes must stop at the same iteration, so they tell each other
+    # The processes tell each other of a signal, so that all stop at the same iteration
     report = torch.stack([total, torch.full_like(total, stopping)])
     if world > 1:
         dist.all_reduce(report)
     loss, stop = (report / world).tolist()
-    if skipped > 0 and rank == 0:
-        print(f'the last {skipped:.0f} updates were skipped: their gradients are not finite')
-    check(skipped < 20, f'no gradient is finite any more; {ckpt_path} is untouched: try a lower '
-          'learning_rate, more warmup_iters or dtype=float32')
     rate = (iteration - logged) * batch_size / (time.time() - clock)
-    if rank == 0 and (evaluating or stop):
-        save(ckpt_path)     # before all that may fail
-    heldout = [''] * K
+    if skipped > 0:
+        print(f'skipped {skipped:.0f} updates, because their gradients are not finite')
+    check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: try a lower '
+          f'learning_rate, more warmup_iters or dtype=float32 ({ckpt_path} is untouched)')
+    if rank == 0 and (evaluating or stop) and math.isfinite(loss):
+        save(ckpt_path)     # before what may fail
+    errors = [''] * K
     if evaluating:
-        heldout = evaluate()
+        errors = evaluate()
+    minutes = (max_iters - iteration) * batch_size / rate / 60
+    print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
+          f'{minutes:.0f} minutes left', *errors)
     if rank == 0:
-        minutes = (max_iters - iteration) * batch_size / rate / 60
-        print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
-              f'{minutes:.0f} minutes left', *heldout)
         with explain(f'cannot write to {out_dir}'):
-            print(iteration, loss, lr, norm.item(), rate, *heldout, sep=',', file=log_file)
+            row = iteration, loss, lr, norm.item(), rate
+            print(*row, *errors, sep=',', file=log_file)
     if stop:
         break       # the same command goes on
     logged, clock = iteration, time.time()
+    skipped = torch.zeros_like(skipped)
 
 if world > 1:
     del net     # first: else gloo's threads may outlive the process group, and abort

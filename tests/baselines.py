@@ -13,8 +13,7 @@ LapFlow's own scripts refuse them. An image has one scale: scale k holds the B_k
 import os
 import runpy
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, make_dataclass
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +98,11 @@ def stage_times(stage, uniform, config):
     """As LapFlow's, but Pyramidal Flow trains a stage just as far as it is sampled, Alg. 3, line 7: U[T_{s+1}, T_s]."""
     if config.flow == 'edify':
         return lapflow_times(stage, uniform, config)
-    in_stage = [start + (end - start) * uniform for start, end in zip(config.times[1:], config.times)]
-    return torch.stack(in_stage).gather(0, stage[None])[0]
+    t = uniform
+    for s in range(config.K):
+        start, end = config.times[s + 1], config.times[s]
+        t = torch.where(stage == s, start + (end - start) * uniform, t)
+    return t
 
 
 def hand_over(state, k, x0, config):
@@ -122,7 +124,8 @@ if __name__ == '__main__':
     check(flow in FLOWS and script, f'say which flow, {" or ".join(FLOWS)}, and what script, such as edify train.py')
     # What a fork would write into model.py itself
     model.LapFlow = OneScale
-    model.LapFlowConfig = partial(FlowConfig, flow=flow) if script == 'train.py' else FlowConfig
+    model.LapFlowConfig = make_dataclass('Named', [('flow', str, flow)], bases=(FlowConfig,)) \
+        if script == 'train.py' else FlowConfig
     model.states_and_velocities = states_and_velocities
     model.stage_times = stage_times
     model.hand_over = hand_over

@@ -28,27 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import baselines  # noqa: E402
-import model as lapflow  # noqa: E402
-import sample  # noqa: E402
 from configurator import check, configure, launch, precision  # noqa: E402
 from data import Dataset, decode, load_vae, training_order  # noqa: E402
-from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages  # noqa: E402
-from sample import ADAPTIVE, generate, load_checkpoint, load_model, noise_of, sampling_defaults  # noqa: E402
-
-
-def flow_of(config):
-    """Of LapFlow or a baseline: the network, and the module with its `states_and_targets` and what belongs to it."""
-    return (baselines.OneScale, baselines) if isinstance(config, baselines.FlowConfig) else (LapFlow, lapflow)
-
-
-def config_of(model_args):
-    """A config from a checkpoint's model_args, of LapFlow or a baseline."""
-    return (baselines.FlowConfig if 'flow' in model_args else LapFlowConfig)(**model_args)
-
-
-def packed_counts(B, K):
-    """(B_0, ..., B_{K-1}) of a packed batch of B images."""
-    return [int((packed_stages(B, K) <= k).sum()) for k in range(K)]
+from model import (LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times,  # noqa: E402
+                   states_and_velocities)
+from sample import (check_solver, generate, load_checkpoint, load_model, noise_of,  # noqa: E402
+                    sampling_defaults)
 
 
 def attention_cost(T):
@@ -70,13 +55,11 @@ def flops_per_segment(config):
     FLOPs of one evaluation for one image in every segment, coarsest first, by torch's counter on the meta device: the
     whole network's and attention's.
     """
-    counts, (network, _) = [], flow_of(config)
+    counts = []
     with torch.device('meta'):
-        model = network(config)
+        model = LapFlow(config)
         for s in reversed(range(config.K)):
-            active = range(s, config.K) if network is LapFlow else [s]
-            x = [torch.empty(1, config.channels, config.size >> k, config.size >> k) if k in active else None
-                 for k in range(config.K)]
+            x = {k: torch.empty(1, config.channels, config.size >> k, config.size >> k) for k in range(s, config.K)}
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x, torch.empty(1))
             attention = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'addmm' not in str(op))
@@ -119,7 +102,6 @@ def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device,
     (seeds 0, 1, ...).
     """
     c, times, decoded, nfes = model.config, [], [], []
-    sample.hand_over = flow_of(c)[1].hand_over
     for seed in range(repeats + 1):     # the first is a warm-up
         noise = noise_of(seed, range(batch), (c.channels, c.size, c.size)).to(device)
         synchronize(device)
@@ -139,6 +121,7 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     checkpoint = load_checkpoint(ckpt)
     model, meta = load_model(checkpoint, device), checkpoint['data']
     config = model.config
+    check_solver(config, method, tol, cfg)
     parameters, vae_parameters, decoder = sum(p.numel() for p in model.parameters()), 0, lambda x: x
     if meta['vae']:
         vae = load_vae(meta, device)
@@ -148,7 +131,7 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     many, many_decoded, _ = seconds_per_image(model, batch_size, y, method, steps, tol, cfg, decoder, device, 1)
     segments, average = flops_per_segment(config), trajectory_average(config)[0]
     single = trajectory_average(LapFlowConfig(**checkpoint['model_args'] | dict(T=())))[0]
-    solver = f'{method} at {tol:g}' if method in ADAPTIVE else f'{method}, {steps} steps'
+    solver = f'{method} at {tol:g}' if method == 'dopri5' else f'{method}, {steps} steps'
     row = {'parameters (with VAE)': f'{parameters / 1e6:.1f} M ({(parameters + vae_parameters) / 1e6:.1f} M)',
            'solver': solver, 'NFE, batch 1': f'{np.mean(nfes):.1f}',
            's/image, batch 1 (with decoding)': f'{one:.3f} ({one_decoded:.3f})',
@@ -162,49 +145,54 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
           + ' | '.join(str(cell) for cell in row.values()) + ' |')
 
 
-def dense_attention(qkv, mask):
+def dense_attention(q, k, v):
     """
-    What the engine replaces: one attention over all tokens, all scales for all images, under a dense block-causal
-    mask.
+    What the engine replaces: one attention over all tokens under a dense block-causal mask. All scales must have all
+    images.
     """
-    scale = torch.cat([torch.full((qkv[k].shape[3],), k, device=qkv[k].device) for k in qkv])
-    q, k, v = torch.cat(list(qkv.values()), dim=3)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=scale[None] >= scale[:, None]).transpose(1, 2).flatten(2)
-    return dict(zip(qkv, out.split([x.shape[3] for x in qkv.values()], dim=1)))
+    owner = torch.cat([torch.full((x.shape[2],), scale, device=x.device) for scale, x in q.items()])
+    mask = owner[None] >= owner[:, None]
+    q_all, k_all, v_all = (torch.cat(list(part.values()), dim=2) for part in (q, k, v))
+    out = F.scaled_dot_product_attention(q_all, k_all, v_all, attn_mask=mask)
+    return dict(zip(q, out.split([x.shape[2] for x in q.values()], dim=2)))
 
 
 class Trainer:
-    """A whole training step (forward, backward, AdamW, EMA) of one variant on random data, a call a step."""
+    """
+    A whole training step (forward, backward, AdamW, EMA) on random data, a call a step. packing is 'packed'; 'padded',
+    all scales for all images under a dense mask; or 'one stage a step', for the whole batch.
+    """
 
     def __init__(self, config, batch, device, packing='packed', compiled=False, checkpoint_blocks=False):
         self.config, self.B, self.device, self.packing = config, batch, device, packing
         self.autocast, dtype = precision(device, 'auto')
         self.slow_flash = device == 'cpu' and dtype == 'bfloat16'       # which train.py avoids
         torch.manual_seed(0)
-        self.model = flow_of(config)[0](config).to(device)
+        self.model = LapFlow(config).to(device)
         self.model.checkpoint_blocks = checkpoint_blocks
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.x1, self.x0 = torch.randn(2, batch, config.channels, config.size, config.size, device=device)
         self.y = torch.zeros(batch, dtype=torch.long, device=device) if config.n_classes else None
         self.steps = 0
-        if compiled:
-            for block in self.model.blocks:
+        for block in self.model.blocks:
+            if packing == 'padded':
+                block.attention = dense_attention
+            if compiled:
                 block.compile(dynamic=False)
 
     def __call__(self):
-        K, B, flow = self.config.K, self.B, flow_of(self.config)[1]
-        counts = {'packed': packed_counts(B, K), 'padded': [B] * K,
-                  'one stage a step': [B if k >= self.steps % K else 0 for k in range(K)]}[self.packing]
-        stage = packed_stages(B, K, self.device)
-        if self.packing != 'packed':
-            stage = torch.full_like(stage, self.steps % K if self.packing == 'one stage a step' else 0)
-        t = flow.stage_times(stage, torch.rand(B, device=self.device), self.config)
-        x_t, u = flow.states_and_targets(self.x1, self.x0, t, counts, self.config)
-        active = [x if n else None for x, n in zip(x_t, counts)]
+        K, B = self.config.K, self.B
+        stage = packed_stages(B, K)
+        if self.packing == 'padded':
+            stage = torch.zeros_like(stage)
+        elif self.packing == 'one stage a step':
+            stage = torch.full_like(stage, self.steps % K)
+        t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
+        x_t, u_t = states_and_velocities(self.x1, self.x0, t, stage, self.config)
         with self.autocast, sdpa_kernel(SDPBackend.MATH) if self.slow_flash else nullcontext():
-            v = self.model(active, t, self.y)
-        loss, _ = multiscale_loss([x for x in v if x is not None], [x for x, n in zip(u, counts) if n], (1.0,) * K, B)
+            v_t = self.model(x_t, t, self.y)
+        loss, _ = multiscale_loss(v_t, u_t, (1.0,) * K, B)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -226,18 +214,16 @@ class Sampler:
 
 
 def interleaved(variants, repeats, calls, device):
-    """Seconds per call of each variant, a name's (function, attention): a list of `repeats`, after a warm-up."""
-    seconds, ours = {name: [] for name in variants}, lapflow.global_attention
+    """Seconds per call of each variant, {name: function}: a list of `repeats`, after a warm-up."""
+    seconds = {name: [] for name in variants}
     for _ in range(repeats + 1):
-        for name, (function, attention) in variants.items():
-            lapflow.global_attention = attention
+        for name, function in variants.items():
             synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
                 function()
             synchronize(device)
             seconds[name].append((time.perf_counter() - start) / calls)
-    lapflow.global_attention = ours
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -269,23 +255,22 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
     """Prints images/s of training steps and of sampling for this engine and what it replaces, and their ratios."""
     base = dict(size=size, channels=4, patch=patch, width=width, depth=depth, heads=heads)
     dtype = precision(device, 'auto')[1]
-    ours, single, own = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=()), lapflow.global_attention
+    ours, single = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=())
     steps = {
-        'packed, no mask (ours)': (Trainer(ours, batch_size, device, compiled=compiled), own),
-        'one stage a step': (Trainer(ours, batch_size, device, 'one stage a step', compiled), own),
-        'padded, dense mask': (Trainer(ours, batch_size, device, 'padded', compiled), dense_attention),
-        'single scale, T=()': (Trainer(single, batch_size, device, compiled=compiled), own),
+        'packed, no mask (ours)': Trainer(ours, batch_size, device, compiled=compiled),
+        'one stage a step': Trainer(ours, batch_size, device, 'one stage a step', compiled),
+        'padded, dense mask': Trainer(ours, batch_size, device, 'padded', compiled),
+        'single scale, T=()': Trainer(single, batch_size, device, compiled=compiled),
     }
     print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, '
           f'{dtype}, {hardware(device)}, {"compiled" if compiled else "eager"}, '
           f'medians of {repeats} interleaved repeats')
     # The arithmetic is that of a packed batch, for padded ones too: what they do besides is waste
-    packed = {name: 3 * packed_flops(step.config, batch_size) / batch_size for name, (step, _) in steps.items()}
+    packed = {name: 3 * packed_flops(step.config, batch_size) / batch_size for name, step in steps.items()}
     ceiling = matmul_ceiling(device, dtype)
     print_ratios('training step', interleaved(steps, repeats, ours.K, device), batch_size, packed, ceiling)
-    samplers = {name: (Sampler(step), attention) for name, (step, attention) in steps.items()
-                if name != 'one stage a step'}
-    drawn = {name: 20 * trajectory_average(sampler.trainer.config)[0] for name, (sampler, _) in samplers.items()}
+    samplers = {name: Sampler(step) for name, step in steps.items() if name != 'one stage a step'}
+    drawn = {name: 20 * trajectory_average(sampler.trainer.config)[0] for name, sampler in samplers.items()}
     print()
     print_ratios('sampling, 20 Euler steps', interleaved(samplers, repeats, 1, device), batch_size, drawn, ceiling)
     if 'cuda' in device:
@@ -302,12 +287,15 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
 
 
 def packed_flops(config, B):
-    """Forward FLOPs of one packed batch of B images, by torch's counter."""
-    shape, (network, flow) = (B, config.channels, config.size, config.size), flow_of(config)
-    counts = packed_counts(B, config.K)
+    """Forward FLOPs of one packed batch of B images, of LapFlow or a baseline, by torch's counter."""
+    network, states = LapFlow, states_and_velocities
+    if isinstance(config, baselines.FlowConfig):
+        network, states = baselines.OneScale, baselines.states_and_velocities
+    stage = packed_stages(B, config.K)
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        x_t, _ = flow.states_and_targets(torch.empty(shape), torch.empty(shape), torch.empty(B), counts, config)
-        network(config)(x_t, torch.empty(B), torch.empty(B, dtype=torch.long))
+        images, t, y = torch.empty(B, config.channels, config.size, config.size), torch.empty(B), stage.to('meta')
+        x_t, _ = states(images, images, t, stage, config)
+        network(config)(x_t, t, y)
     return counter.get_total_flops()
 
 
@@ -334,8 +322,7 @@ def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compi
     parts = {'training step': step, f'reading {batch_size} latents': read,
              'evaluation: 20 Euler steps of a batch': Sampler(step), 'saving a checkpoint': save,
              'loading it': lambda: torch.load(file, map_location=device, weights_only=True)}
-    own = lapflow.global_attention
-    seconds = interleaved({name: (part, own) for name, part in parts.items()}, repeats, 1, device)
+    seconds = interleaved(parts, repeats, 1, device)
     print(f'width {width}, depth {depth}, patch {patch}, grid {size}, T {T}, batch {batch_size}, {hardware(device)}, '
           f'{os.path.getsize(file) / 1e6:.0f} MB checkpoint, medians of {repeats} interleaved repeats')
     print('| | seconds | of a training step |\n| --- | --- | --- |')
@@ -362,9 +349,9 @@ if __name__ == '__main__':
     T = (0.5,)
     repeats = 5
     compiled = False
-    configure(globals(), inherit=lambda settings: sampling_defaults(settings) if settings['ckpt'] else {})
-    check(what in ('engine', 'loop', 'costs') and min(repeats, seeds) >= 1,
-          'what must be engine, loop or costs, and repeats and seeds at least 1')
+    configure(globals(), at_least_1='seeds steps depth heads patch size repeats',
+              inherit=lambda settings: sampling_defaults(settings) if settings['ckpt'] else {})
+    check(what in ('engine', 'loop', 'costs'), f'what must be engine, loop or costs, but it is {what!r}')
     device, _, _ = launch(device)
     gpu = 'cuda' in device
     batch_size = batch_size or (256 if gpu else 32)

@@ -26,10 +26,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from bench import config_of, packed_flops  # noqa: E402
-from configurator import check, claim, configure, write_json  # noqa: E402
+from baselines import FlowConfig  # noqa: E402
+from bench import packed_flops  # noqa: E402
+from configurator import changes, check, configure, explain  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import judged, load_judge, load_samples  # noqa: E402
+from model import LapFlowConfig  # noqa: E402
 
 # Fields of LapFlowConfig, and the baseline's name if it is one
 SYSTEMS = {'lapflow': {}, 'image tokens': dict(image_tokens=True), 'three scales': dict(T=(0.67, 0.33)),
@@ -55,6 +57,20 @@ TRAINING = ('--batch_size=64 --learning_rate=2e-3 --min_lr=2e-3 --warmup_iters=5
             '--eval_interval=100_000 --log_interval=100 --sample_images=10 --compile=False').split()
 
 
+def flops_of(**variant):
+    """Forward FLOPs of a batch of the dataset's images, for the network with a variant's settings."""
+    settings = NETWORK | dict(size=data.meta['size'], channels=data.meta['channels'], patch=patch,
+                              n_classes=len(data.meta['classes'])) | variant
+    config = FlowConfig(**settings) if 'flow' in variant else LapFlowConfig(**settings)
+    return packed_flops(config, 64)
+
+
+def write_json(file, content):
+    """Replaces the file in one step: a kill leaves the old one."""
+    Path(f'{file}.tmp').write_text(json.dumps(content, indent=1))
+    os.replace(f'{file}.tmp', file)
+
+
 def run(script, log, flow, *settings):
     """Runs train.py or sample.py, of LapFlow or a baseline; what it prints goes to a log."""
     command = [ROOT / 'tests/baselines.py', flow, script] if flow else [ROOT / script]
@@ -69,14 +85,14 @@ def judge_at(point, name, seed, before):
         before.result()     # the point before this one
     torch.set_num_threads(threads)      # of this thread's operations
     folder, file = f'{out_dir}/{name.replace(" ", "-")}-{seed}', f'{out_dir}/{name.replace(" ", "-")}-{seed}.json'
-    args, flops = VARIANTS[name], packed_flops(config_of(fields | VARIANTS[name]), 64)
+    args, flops = VARIANTS[name], flops_of(**VARIANTS[name])
     result = dict(dataset=dataset, patch=patch, system=name, seed=seed, extra=extra, samples=num_samples, rows=[])
     if os.path.exists(file):
         result = json.loads(Path(file).read_text())
     for row in result['rows']:
         if row['point'] == point:
             return row
-    iterations = round(point * packed_flops(config_of(fields), 64) / flops)
+    iterations = round(point * flops_of() / flops)
     os.makedirs(folder, exist_ok=True)
     log, flow = f'{folder}/log.txt', args.get('flow')
     settings = [f'--{key}={value}' for key, value in (NETWORK | dict(patch=patch) | args).items() if key != 'flow']
@@ -105,17 +121,22 @@ if __name__ == '__main__':
     extra = ''              # more settings of train.py for all, with spaces between them; not the batch size
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
-    configure(globals())
+    configure(globals(), at_least_1='seeds points patch num_samples workers')
     names = {'systems': SYSTEMS, 'ablations': ABLATIONS, 'changes': CHANGES}.get(only, only.split(','))
     for name in names:
         check(name in VARIANTS, f'there is no variant {name!r}: only takes systems, ablations, changes or any of '
               f'{", ".join(VARIANTS)}')
-    claim(out_dir, 'settings.json', dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra))
+    settings = dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra)
+    file = f'{out_dir}/settings.json'
+    with explain(f'cannot use {file}'):
+        os.makedirs(out_dir, exist_ok=True)
+        if not os.path.exists(file):
+            write_json(file, settings)
+        differences = changes(json.loads(Path(file).read_text()), settings)
+    check(not differences, f'{out_dir} was begun with other settings ({differences}): give another --out_dir')
     data = Dataset(dataset)
     judge = load_judge(data, dataset)
     threads = max(1, torch.get_num_threads() // workers)
-    fields = NETWORK | dict(size=data.meta['size'], channels=data.meta['channels'], patch=patch,
-                            n_classes=len(data.meta['classes']))
     futures = {}
     with ThreadPoolExecutor(workers) as pool:
         for point in points:

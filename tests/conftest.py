@@ -1,4 +1,4 @@
-import gc
+import json
 import multiprocessing
 import os
 import runpy
@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'      # tensors this small gain nothing from threads; for subprocesses, too
 os.environ['PYTHONUNBUFFERED'] = '1'
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -35,6 +36,17 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp('workplace')
     make_digits(str(folder / 'data' / 'digits'), train=300, heldout=60)
     return folder
+
+
+@pytest.fixture(scope='session')
+def plain(workplace):
+    """The name of a dataset without classes: the same digits."""
+    folder = workplace / 'data' / 'plain'
+    shutil.copytree(workplace / 'data' / 'digits', folder)
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps(meta | dict(classes=[])))
+    np.save(folder / 'labels.npy', np.zeros_like(np.load(folder / 'labels.npy')))
+    return folder.name
 
 
 def run_in(folder, script, *args):
@@ -77,7 +89,6 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 @contextmanager
 def started(folder, script, *args, launcher=(sys.executable,), stderr=subprocess.STDOUT):
     """A script that is started from a folder in a process of its own, which is killed at the end."""
-    gc.collect()        # of what `run_in` ran: it holds its folder's lock
     job = subprocess.Popen([*launcher, os.path.join(ROOT, script), *args], cwd=folder, text=True,
                            stdout=subprocess.PIPE, stderr=stderr)
     try:
@@ -101,7 +112,6 @@ def be_rank(rank, port, output, *script):
 
 def start_two(folder, script, *args):
     """Starts a script in two processes that belong together, as torchrun does, but seconds faster."""
-    gc.collect()
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])

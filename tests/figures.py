@@ -4,10 +4,10 @@
     python tests/figures.py --only=packed,attention
 
 pyramid.png     a digit, its Laplacian pyramid, and the sum that `reconstruct` makes of it
-timeline.png    when every scale starts (`path`), and at which times each stage trains (`stage_times`)
-attention.png   which token moves which, found by perturbing each, and the calls that `global_attention` makes
+timeline.png    when every scale starts (`alpha`, `sigma`), and at which times each stage trains (`stage_times`)
+attention.png   which token moves which, found by perturbing each, and the calls that `block_causal_attention` makes
 packed.png      a packed batch (`packed_stages`) beside a padded one
-trajectory.png  a digit through time, as sample.py --trajectory=True draws it
+trajectory.png  sample 0 of any checkpoint through time, by Euler steps; trajectory.gif has the same frames
 digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
@@ -28,16 +28,16 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from configurator import check, configure  # noqa: E402
-from data import Dataset  # noqa: E402
-from model import (LapFlowConfig, global_attention, laplacian_pyramid, packed_stages, path, reconstruct,  # noqa: E402
-                   stage_times)
+from data import Dataset, decode, load_vae  # noqa: E402
+from model import (LapFlowConfig, alpha, block_causal_attention, laplacian_pyramid, packed_stages,  # noqa: E402
+                   reconstruct, sigma, stage_times)
 from sample import (draw, generate, load_checkpoint, load_model, noise_of, sampling_defaults, save_grid,  # noqa: E402
-                    save_trajectory, to_uint8)
+                    to_uint8)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -93,13 +93,13 @@ def timeline():
     figure, (above, below) = plt.subplots(2, 1, figsize=(WIDTH, 5.2), sharex=True, height_ratios=(3, 2))
     for k, start in enumerate(starts):
         t = torch.linspace(start, 1, 50)
-        alpha, _, sigma, _ = path(t, start)
-        above.plot(t, alpha, color=COLOURS[k], linewidth=2.5, label=rf'$\alpha$ of scale {k}')
-        above.plot(start, sigma[0], 'o', color=COLOURS[k], markersize=9)
+        above.plot(t, alpha(t, start)[0], color=COLOURS[k], linewidth=2.5, label=rf'$\alpha$ of scale {k}')
+        above.plot(start, sigma(t)[0][0], 'o', color=COLOURS[k], markersize=9)
         above.text(start + 0.01, 1.1, f'scale {k} joins at $T_{k + 1}$ = {start:g}', color=COLOURS[k])
         for axes in (above, below):
             axes.axvline(start, color=COLOURS[k], linestyle=':', linewidth=1.5, zorder=0)
-    above.plot(t, sigma, '--', color=DARK, label=r'$\sigma$ of all', zorder=1)     # the coarsest scale's, from t = 0 on
+    t = torch.linspace(0, 1, 50)
+    above.plot(t, sigma(t)[0], '--', color=DARK, label=r'$\sigma$ of all', zorder=1)
     above.set(ylabel='share of data, noise', ylim=(0, 1.2), yticks=(0, 0.5, 1))
     above.legend(loc='center left', bbox_to_anchor=(0, 0.38))
     first, last = (stage_times(torch.arange(K), uniform, config) for uniform in (torch.zeros(K), torch.ones(K)))
@@ -119,7 +119,12 @@ def attention():
     K, N = len(tokens), sum(tokens)
     generator = torch.Generator().manual_seed(0)
     qkv = {k: torch.randn(3, 1, 1, n, 8, generator=generator) for k, n in enumerate(tokens)}
-    outputs = lambda qkv: torch.cat(list(global_attention(qkv, 'causal').values()), dim=1)[0]    # (N, 8)
+
+    def outputs(qkv):
+        """What the attention makes of every token, (N, 8)."""
+        q, k, v = ({scale: x[i] for scale, x in qkv.items()} for i in range(3))
+        return torch.cat(list(block_causal_attention(q, k, v).values()), dim=2)[0, 0]
+
     with mock.patch.object(F, 'scaled_dot_product_attention', wraps=F.scaled_dot_product_attention) as calls:
         before = outputs(qkv)
     sizes = [(queries.shape[2], keys.shape[2]) for (queries, keys, _), _ in calls.call_args_list]
@@ -183,29 +188,71 @@ def packed():
     save(figure, 'packed')
 
 
+class Recorded(torch.nn.Module):
+    """A model that keeps each time that it is asked for, and the first image's state at it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.frames = model, model.config, []
+
+    def forward(self, x_t, t, y):
+        self.frames.append((t[0].item(), {k: x[:1] for k, x in x_t.items()}))
+        return self.model(x_t, t, y)
+
+
+def frame(t, state, side, join):
+    """
+    A picture of a state in the manner of the paper's Figure 1: every scale, coarsest first, mid-grey for 0 (of latents
+    three channels), and the image that they are together, decoded; in squares that np.hstack or np.vstack joins.
+    """
+    scales = [state.get(k) for k in reversed(range(model.config.K))]
+    image = decode(vae, reconstruct(list(state.values())), meta)
+    cells = []
+    for x in (*scales, image):
+        cell = Image.new('RGB', (side + 4, side + 4))
+        if x is not None:       # else it has not joined yet
+            pixels = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
+            cell.paste(pixels.resize((side, side), Image.NEAREST), (2, 2))
+        cells.append(np.asarray(cell))
+    cells = join(cells)
+    heading = Image.new('RGB', (cells.shape[1], 16))
+    ImageDraw.Draw(heading).text((heading.width / 2, 8), f't = {t:.2f}', anchor='mm', font_size=17)
+    return np.vstack([heading, cells])
+
+
 def trajectory():
-    frames = []
-    draw(model, None, meta, 0, [0], nullcontext(), frames=frames, **solver)
-    save_trajectory(f'{out}/trajectory.png', frames, None, meta)
+    config, recorded = model.config, Recorded(model)
+    noise = noise_of(0, [0], (config.channels, config.size, config.size))
+    y = torch.tensor([0]) if config.n_classes else None
+    x, _ = generate(recorded, noise, y, 'euler', 40, cfg=solver['cfg'])
+    finished = dict(enumerate(laplacian_pyramid(x, config.K)))
+    frames = [*recorded.frames[::4], (1.0, finished)]
+    columns = [frame(t, state, 96, np.vstack) for t, state in frames]
+    Image.fromarray(np.hstack(columns)).save(f'{out}/trajectory.png')
+    first, *others = [Image.fromarray(frame(t, state, 128, np.hstack)).quantize(32) for t, state in frames]
+    first.save(f'{out}/trajectory.gif', save_all=True, append_images=others, loop=0,
+               duration=[400] * len(others) + [2000])     # milliseconds
 
 
 def digits():
-    save_grid(f'{out}/digits.png', draw(model, None, meta, 0, range(100), nullcontext(), **solver)[0])
+    classes = range(model.config.n_classes)
+    save_grid(f'{out}/digits.png', draw(model, vae, meta, 0, range(100), classes, nullcontext(), **solver)[0])
 
 
 def details():
-    rows, variants, shown, frames = 4, 10, 5, []
+    rows, variants, shown = 4, 10, 5
     noise, y = noise_of(1, range(rows * variants), (1, 32, 32)), torch.arange(rows).repeat_interleave(variants)
     fine, coarse = laplacian_pyramid(noise, 2)
     noise = reconstruct([fine, coarse[::variants].repeat_interleave(variants, 0)])
-    x = generate(model, noise, y, 'euler', 40, cfg=2, frames=frames)[0].clamp(-1, 1)
+    x = generate(model, noise, y, 'euler', 40, cfg=2)[0]
+    coarse, x = laplacian_pyramid(x, 2)[1], x.clamp(-1, 1)
     deviation = 127.5 * x.unflatten(0, (rows, variants)).std(1)
     most = 10 * math.ceil(deviation.max() / 10)
     figure, axes = plt.subplots(rows, shown + 2, figsize=(WIDTH, 4.7))
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
     for row, panels in enumerate(axes):
         first = row * variants
-        show(panels[0], frames[-1][1][1][first], '' if row else 'coarse image', COLOURS[2])
+        show(panels[0], coarse[first], '' if row else 'coarse image', COLOURS[2])
         for i in range(shown):
             show(panels[1 + i], x[first + i], '' if row else f'variant {i + 1}')
         heat = panels[-1].imshow(deviation[row, 0], plt.get_cmap('magma', most // 5), vmin=0, vmax=most)
@@ -251,16 +298,16 @@ def distance():
 
 def clothes():
     data, images = Dataset('fashion'), {}
-    y = torch.from_numpy(data.labels[data.rows[data.heldout]])
-    first = [data.heldout[y == c][:2] for c in range(10)]
+    y = data.labels[data.rows[data.eval_index]]
+    first = [data.eval_index[y == c][:2] for c in range(10)]
     images['real'] = to_uint8(data.batch(np.stack(first, 1).flatten())[0])
     files = f'{runs}/lapflow-0/ckpt.pt', f'{runs}/single-scale-0/ckpt.pt', *fashion.split(',')
     drawn = dict(zip(('LapFlow', 'single scale', '15 minutes', 'an hour'), files))
     for label, file in drawn.items():
         checkpoint = load_checkpoint(file)
         model = load_model(checkpoint, 'cpu')
-        images[label] = draw(model, None, checkpoint['data'], 0, range(20), nullcontext(), method='midpoint', steps=10,
-                             tol=1e-5, cfg=2.0)[0]
+        images[label] = draw(model, None, checkpoint['data'], 0, range(20), range(10), nullcontext(),
+                             method='midpoint', steps=10, tol=1e-5, cfg=2.0)[0]
     figure, panels = plt.subplots(len(images), 1, figsize=(WIDTH, 1.75 * len(images)))
     for panel, (label, pictures) in zip(panels, images.items()):
         grid = pictures[..., 0].reshape(2, 10, 32, 32).transpose(0, 2, 1, 3).reshape(64, 320)
@@ -300,6 +347,8 @@ if __name__ == '__main__':
     if {'trajectory', 'digits', 'details'} & set(names):
         checkpoint = load_checkpoint(ckpt)
         model, meta, solver = load_model(checkpoint, 'cpu'), checkpoint['data'], sampling_defaults(dict(ckpt=ckpt))
+        vae = load_vae(meta, 'cpu')
     for name in names:
         figures[name]()
-        print(f'{name}.png: {os.path.getsize(f"{out}/{name}.png") / 1000:.0f} kB')
+        for file in [f'{name}.png'] + ['trajectory.gif'] * (name == 'trajectory'):
+            print(f'{file}: {os.path.getsize(f"{out}/{file}") / 1000:.0f} kB')

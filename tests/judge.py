@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from configurator import configure  # noqa: E402
 from data import Dataset  # noqa: E402
-from fid import frechet_distance, precision_recall  # noqa: E402
+from fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
 
 EPOCHS = {'digits': 3}      # of other datasets 6
 
@@ -75,8 +75,9 @@ def read(judge, x):
 
 def compared(a, b):
     """Frechet distance of Gaussians fitted to two feature sets, (n, d) each, and precision and recall of the first."""
-    moments = [f(x.double().numpy()) for x in (a, b) for f in (lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False))]
-    return dict(zip(('frechet', 'precision', 'recall'), (frechet_distance(*moments), *precision_recall(a, b))))
+    precision, recall = precision_recall(a, b)
+    distance = frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
+    return dict(frechet=distance, precision=precision, recall=recall)
 
 
 def judged(judge, data, x, y):
@@ -88,9 +89,14 @@ def judged(judge, data, x, y):
 
 def load_samples(file):
     """Images in [-1, 1] and labels of an .npz of sample.py's."""
-    with np.load(file, allow_pickle=False) as arrays:
-        images, labels = (torch.from_numpy(arrays[name]) for name in ('arr_0', 'arr_1'))
+    with np.load(file) as arrays:
+        images, labels = torch.from_numpy(arrays['arr_0']), torch.from_numpy(arrays['arr_1'])
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, labels
+
+
+def print_judged(name, judge, data, x, y):
+    numbers = [f'{key} {value:.4f}' for key, value in judged(judge, data, x, y).items()]
+    print(f'{name}: {len(x)} images, {", ".join(numbers)}')
 
 
 if __name__ == '__main__':
@@ -99,8 +105,7 @@ if __name__ == '__main__':
     configure(globals())
     data = Dataset(dataset)
     judge = load_judge(data, dataset)
-    form = lambda name, x, y: print(f'{name}: {len(x)} images, ' + ', '.join(
-        f'{key} {value:.4f}' for key, value in judged(judge, data, x, y).items()))
-    form('held out', *data.batch(data.heldout[:2000]))
+    if data.meta['heldout'] > 0:
+        print_judged('held out', judge, data, *data.batch(data.eval_index[:2000]))
     for file in filter(None, samples.split(',')):
-        form(file, *load_samples(file))
+        print_judged(file, judge, data, *load_samples(file))

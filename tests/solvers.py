@@ -5,7 +5,7 @@ Quality against the number of evaluations, of a checkpoint of digits or another 
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --cfg=2 --interval=0.3,0.8
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
 
-For each of `runs`, METHOD:STEPS or METHOD:TOLERANCE, it draws the same class-conditional samples, float32, and prints
+For each of `runs`, METHOD:STEPS or dopri5:TOLERANCE, it draws the same class-conditional samples, float32, and prints
 NFE, seconds, accuracy, Frechet distance, precision and recall (tests/judge.py). Three experiments change the model on
 its way: guidance only at times inside `interval`; velocities of residuals projected onto the space of residuals,
 v - Up(Down(v)); and the coarsest scale held on its path to a held-out image of the class, to see how well the others
@@ -24,7 +24,7 @@ from configurator import check, configure  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import judged, load_judge  # noqa: E402
 from model import down, laplacian_pyramid, up  # noqa: E402
-from sample import ADAPTIVE, FIXED, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
+from sample import METHODS, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
 
 class Changed(torch.nn.Module):
@@ -39,18 +39,20 @@ class Changed(torch.nn.Module):
         v = self.model(x_t, t, y)
         if self.cfg != 1 and self.interval[0] <= t[0] <= self.interval[1]:
             null = self.model(x_t, t, torch.full_like(y, self.config.n_classes))
-            v = [None if a is None else b + self.cfg * (a - b) for a, b in zip(v, null)]
+            v = {k: null[k] + self.cfg * (v[k] - null[k]) for k in v}
+        coarsest = self.config.K - 1
         if self.project:
-            v = [v_k if v_k is None or k == self.config.K - 1 else v_k - up(down(v_k)) for k, v_k in enumerate(v)]
-        return v if self.coarsest is None else [*v[:-1], self.coarsest]
+            v = {k: v[k] if k == coarsest else v[k] - up(down(v[k])) for k in v}
+        if self.coarsest is not None:
+            v[coarsest] = self.coarsest
+        return v
 
 
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     dataset = 'digits'
     runs = ('euler:5,euler:10,euler:20,euler:40,euler:80,midpoint:5,midpoint:10,midpoint:20,heun2:5,heun2:10,heun2:20,'
-            'rk4:3,rk4:5,rk4:10,explicit_adams:10,explicit_adams:20,explicit_adams:40,'
-            'dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5')
+            'rk4:3,rk4:5,rk4:10,dopri5:1e-1,dopri5:1e-2,dopri5:1e-3,dopri5:1e-5')
     num_samples = 2000
     batch_size = 100
     seed = 0
@@ -58,21 +60,22 @@ if __name__ == '__main__':
     interval = (0.0, 1.0)
     project = False
     hold_coarsest = False
-    configure(globals())
-    check(len(interval) == 2 and all(run.count(':') == 1 and run.split(':')[0] in ADAPTIVE + FIXED
-                                     and run[-1].isdigit() for run in runs.split(',')),
-          'interval is two times, and runs are METHOD:STEPS or METHOD:TOLERANCE with commas between them, METHOD one '
-          f'of {", ".join(ADAPTIVE + FIXED)}')
+    configure(globals(), at_least_1='num_samples batch_size')
+    check(len(interval) == 2, f'interval is two times, not {interval}')
+    for run in runs.split(','):
+        method, _, number = run.partition(':')
+        check(method in METHODS and number[-1:].isdigit(), f'runs are METHOD:STEPS or dopri5:TOLERANCE with commas '
+              f'between them, METHOD one of {", ".join(METHODS)}, but there is {run!r}')
     checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, 'cpu')
     data, config = Dataset(dataset), model.config
     judge, labels = load_judge(data, dataset), torch.arange(num_samples) % config.n_classes
-    heldout = [data.heldout[data.labels[data.rows[data.heldout]] == c] for c in range(config.n_classes)]
+    heldout = [data.eval_index[data.labels[data.rows[data.eval_index]] == c] for c in range(config.n_classes)]
     changed = Changed(model, cfg, interval, project)
     print('| solver | NFE | s per 100 images | accuracy | Frechet | precision | recall |\n' + '| --- ' * 7 + '|')
     for run in runs.split(','):
         method, number = run.split(':')
-        settings = dict(tol=float(number)) if method in ADAPTIVE else dict(steps=int(number))
+        settings = dict(tol=float(number)) if method == 'dopri5' else dict(steps=int(number))
         images, nfes, started = [], [], time.time()
         for first in range(0, num_samples, batch_size):
             index = np.arange(first, min(first + batch_size, num_samples))

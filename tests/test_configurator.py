@@ -1,15 +1,17 @@
-"""Settings, what is refused in one sentence before anything happens, and how a script settles on folder and device."""
+"""Settings, what is refused in one sentence before anything happens, and how a script settles on its device."""
 import ast
 import json
 import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
-from configurator import barrier, changes, check, claim, configure, explain, launch, precision, write_json
+from conftest import ROOT, run_in
+from configurator import barrier, changes, check, configure, explain, launch, precision
 
 DEFAULTS = dict(T=(0.5,), rate=2e-4, iters=100, flag=False, name='a', path='linear', _private=1, CONSTANT=2)
 
@@ -21,7 +23,8 @@ def _script(monkeypatch):
 
 def settings(*argv, **options):
     namespace = dict(DEFAULTS)
-    configured = configure(namespace, list(argv), **options)
+    sys.argv[1:] = argv
+    configured = configure(namespace, **options)
     assert all(namespace[key] == value for key, value in configured.items())
     assert '_private' not in configured and 'CONSTANT' not in configured
     return configured
@@ -31,8 +34,9 @@ def settings(*argv, **options):
     (['--T=0.67,0.33'], 'T', (0.67, 0.33)), (['--T=(0.67,0.33)'], 'T', (0.67, 0.33)),
     (['--T', '0.67,0.33'], 'T', (0.67, 0.33)), (['--T=0.5'], 'T', (0.5,)), (['--T=()'], 'T', ()),
     (['--T=1,0.5'], 'T', (1.0, 0.5)), (['--T=[0.67, 0.33]'], 'T', (0.67, 0.33)),
-    (['--rate=1'], 'rate', 1.0), (['--rate', '1e-3'], 'rate', 1e-3), (['--rate', '-1'], 'rate', -1.0),
-    (['--iters=7'], 'iters', 7), (['--flag=True'], 'flag', True), (['--flag', 'False'], 'flag', False),
+    (['--rate=1'], 'rate', 1.0), (['--rate', '1e-3'], 'rate', 1e-3), (['--rate', '0'], 'rate', 0.0),
+    (['--iters=7'], 'iters', 7), (['--iters=0'], 'iters', 0), (['--flag=True'], 'flag', True),
+    (['--flag', 'False'], 'flag', False),
     (['--name=7'], 'name', '7'), (['--name='], 'name', ''), (['--name', 'x=y'], 'name', 'x=y'),
     (['--iters=1', '--iters=2'], 'iters', 2)))
 def test_values_arrive_with_the_settings_type(argv, key, value):
@@ -48,9 +52,9 @@ def test_values_arrive_with_the_settings_type(argv, key, value):
     (['--iters=1.5'], ('iters', 'int', '1.5')), (['--iters=many'], ('iters', 'int', 'many')),
     (['--iters=True'], ('iters', 'int')), (['--rate=fast'], ('rate', 'float', 'fast')),
     (['--flag=1'], ('flag', 'bool', 'like False')), (['--T=half'], ('T', 'tuple', 'like (0.5,)')),
-    (["--T=('a',)"], ('T', 'tuple')), (['--T='], ('T', 'tuple')), (['--iters'], ('--iters', 'needs a value')),
-    (['--iters', '--flag=True'], ('iters', 'int', "'--flag=True'")), (['nothing.py'], ('nothing.py', 'config file')),
-    (['iters=3'], ('iters=3', '--key=value'))))
+    (["--T=('a',)"], ('T', 'tuple')), (['--T='], ('T', 'tuple')), (['--T=None'], ('T', 'tuple', 'None')),
+    (['--iters'], ('--iters', 'needs a value')), (['--iters', '--flag=True'], ('iters', 'int', "'--flag=True'")),
+    (['nothing.py'], ('nothing.py', 'config file')), (['iters=3'], ('iters=3', '--key=value'))))
 def test_mistakes_end_with_one_sentence(argv, words):
     with pytest.raises(SystemExit) as end:
         settings(*argv)
@@ -72,6 +76,66 @@ def test_config_files_come_first_to_last_and_are_checked(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as end:
             settings(file)
         assert all(word in str(end.value) for word in words) and '\n' not in str(end.value)
+
+
+@pytest.mark.parametrize('text, words', (
+    ('T = None', ('T', 'tuple', 'None')), ('T = (0.5, None)', ('T', 'tuple')), ('T = {0.5: 1}, 1', ('T', 'tuple')),
+    ('import numpy as np\niters = np.int64(3)', ('iters', 'int', '3')), ('iters = 3.0', ('iters', 'int', '3.0')),
+    ('name = 3', ('name', 'str', '3')), ('flag = 1', ('flag', 'bool', 'like False')),
+    ('from math import pi', ("'pi'",)), ('def double(x):\n    return 2 * x', ("'double'",)),
+    ('HALF = 0.5', ("'HALF'",)), ('rates = [1]', ("'rates'", "'rate'")), ('', ('assigns no settings',)),
+    ('import math', ('assigns no settings',)),
+    ('_iters = 3', ('assigns no settings',)), ('# iters = 3', ('assigns no settings',))))
+def test_a_config_file_assigns_settings_and_nothing_else(text, words, tmp_path):
+    (tmp_path / 'a.py').write_text(text + '\n')
+    with pytest.raises(SystemExit) as end:
+        settings(str(tmp_path / 'a.py'))
+    assert all(word in str(end.value) for word in ('a.py', *words)) and '\n' not in str(end.value), end.value
+
+
+def test_a_config_file_is_a_file_of_python(tmp_path):
+    (tmp_path / 'a.json').write_text('{"iters": 3}')
+    (tmp_path / 'folder.py').mkdir()
+    for name in ('a.json', 'folder.py', ''):
+        with pytest.raises(SystemExit, match='is neither a config file .NAME.py. nor a setting'):
+            settings(str(tmp_path / name))
+    (tmp_path / 'a.py').write_text('import math\nimport os.path\n_two = 2\nrate = math.sqrt(_two * _two)\n')
+    assert settings(str(tmp_path / 'a.py'))['rate'] == 2.0
+
+
+RANGES = (('learning_rate', '-1', 0), ('learning_rate', '1e999', 0), ('learning_rate', '-1e999', 0),
+          ('learning_rate', 'float("nan")', 0), ('learning_rate', 'float("inf")', 0), ('seed', '-1', 0),
+          ('seed', '2 ** 63', 0), ('batch_size', '0', 1), ('batch_size', '-64', 1), ('steps', '0', 1),
+          ('T', '(-0.5,)', 0), ('T', '(0.5, -0.1)', 0), ('T', '(0.5, float("nan"))', 0),
+          ('loss_weights', '(1e999, 1)', 0))
+
+
+@pytest.mark.parametrize('key, value, lowest', RANGES)
+def test_numbers_out_of_range_are_refused(key, value, lowest, run, tmp_path):
+    """In a config file and on the command line, where a number is a literal."""
+    (tmp_path / 'a.py').write_text(f'{key} = {value}\n')
+    for arg in (str(tmp_path / 'a.py'), f'--{key}={value}'):
+        printed, message = run('train.py', arg, '--help')       # which would end it, too
+        assert message.startswith(f'train.py: {arg}: {key} must be ') and printed == '', message
+        assert f'at least {lowest}' in message and '\n' not in message, message
+
+
+def test_the_bounds_themselves_are_in_range():
+    assert settings('--rate=0', '--iters=0', '--T=0,0') == settings() | dict(rate=0.0, iters=0, T=(0.0, 0.0))
+    result = settings('--iters=1', '--T=1', '--flag=False', at_least_1='iters T')
+    assert (result['iters'], result['T'], result['flag']) == (1, (1.0,), False)
+    assert settings(f'--iters={2 ** 63 - 1}')['iters'] == 2 ** 63 - 1
+    for arg in ('--iters=0', '--T=1,0.5'):
+        with pytest.raises(SystemExit, match='at least 1'):
+            settings(arg, at_least_1='iters T')
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/someone')
+    (tmp_path / 'a.py').write_text("path = '~/data/x'\n")
+    result = settings(str(tmp_path / 'a.py'), '--name=~/out')
+    assert (result['name'], result['path']) == ('/home/someone/out', '/home/someone/data/x')
+    assert settings('--name', '~')['name'] == '/home/someone' and settings('--name=a~b')['name'] == 'a~b'
 
 
 def test_inherited_defaults_rank_below_config_files_and_the_command_line(tmp_path):
@@ -109,7 +173,8 @@ def test_help_lists_every_setting_of_a_script(script, run, tmp_path):
 
 def test_the_repositorys_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configure(script_defaults('train.py'), ['config/digits.py'])['out_dir'] == 'out-digits'
+    sys.argv[1:] = ['config/digits.py']
+    assert configure(script_defaults('train.py'))['out_dir'] == 'out-digits'
 
 
 def script_block(script):
@@ -126,6 +191,34 @@ def script_defaults(script):
     return {node.targets[0].id: ast.literal_eval(node.value) for node in block[:end] if isinstance(node, ast.Assign)}
 
 
+def at_least_1(script):
+    """What a script says of the settings that must be at least 1."""
+    block, end = script_block(script)
+    call = block[end].value
+    assert ast.unparse(call.func) == 'configure'
+    named = [*call.args[1:2], *[word.value for word in call.keywords if word.arg == 'at_least_1']]
+    return ast.literal_eval(named[0]) if named else ''
+
+
+SCRIPTS = [f'{folder}{file}' for folder in ('', 'tests/') for file in sorted(os.listdir(f'{ROOT}/{folder}'))
+           if file.endswith('.py') and 'configure(globals()' in Path(ROOT, folder, file).read_text()
+           and not file.startswith('test_')]
+
+
+def test_all_scripts_are_looked_at():
+    assert {'train.py', 'sample.py', 'data.py', 'fid.py', 'tests/bench.py', 'tests/compare.py'} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_what_must_be_at_least_1_are_settings_that_are(script):
+    """Numbers among a script's settings, whose own defaults are in range, too."""
+    names, defaults = at_least_1(script).split(), script_defaults(script)
+    for name in names:
+        assert type(defaults.get(name)) in (int, tuple) and len(set(names)) == len(names), name
+        assert min(defaults[name] if type(defaults[name]) is tuple else [defaults[name]]) >= 1, name
+    assert names or script in ('tests/judge.py', 'tests/figures.py', 'tests/fashion.py')
+
+
 @pytest.mark.parametrize('script', ('train.py', 'sample.py', 'data.py', 'fid.py'))
 def test_no_setting_is_dead(script):
     """Every setting of a script is read by its code, or is a field that LapFlowConfig takes."""
@@ -139,63 +232,56 @@ def test_no_setting_is_dead(script):
 
 @pytest.mark.parametrize('config', sorted(file for file in os.listdir(f'{ROOT}/config') if file.endswith('.py')))
 def test_every_config_file_is_valid(config):
-    assert configure(script_defaults('train.py'), [f'{ROOT}/config/{config}'])['out_dir']
+    sys.argv[1:] = [f'{ROOT}/config/{config}']
+    assert configure(script_defaults('train.py'), at_least_1('train.py'))['out_dir']
 
 
 def test_explain_turns_the_errors_it_names_into_a_sentence():
     check(True, 'nothing')
-    with pytest.raises(SystemExit) as end, explain('it failed'):
+    with pytest.raises(SystemExit) as end, explain('it failed', KeyError):
         raise KeyError('line\n   break ' + 'x' * 1000)
     assert str(end.value).startswith("script.py: it failed (KeyError: 'line\\n break xxx") and len(str(end.value)) < 300
-    with pytest.raises(SystemExit) as end, explain('it failed', OSError):
+    with pytest.raises(SystemExit) as end, explain('it failed'):
         raise FileNotFoundError('a\n\n  b')
     assert str(end.value) == 'script.py: it failed (FileNotFoundError: a b)'
-    with pytest.raises(KeyError), explain('it failed', OSError):
-        raise KeyError
+    for error in (PermissionError, EOFError, ValueError, UnicodeDecodeError('utf-8', b'', 0, 1, 'x'),
+                  json.JSONDecodeError('x', '', 0), pickle.UnpicklingError, zipfile.BadZipFile):
+        with pytest.raises(SystemExit, match='^script.py: it failed [(]'), explain('it failed', TypeError):
+            raise error
+    for error in (KeyError, TypeError, RuntimeError, AssertionError, KeyboardInterrupt):
+        with pytest.raises(error), explain('it failed'):
+            raise error
     with pytest.raises(SystemExit, match='^script.py: within$'), explain('it failed'):
         check(False, 'within')
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------------
+# --- What was begun ---------------------------------------------------------------------------------------------------
 
 def test_changes_name_what_differs_of_the_second():
     there, here = dict(a=1, b=2, c=3), dict(a=1, b='2', d=None, e=5)
-    assert changes(there, here) == "b is 2 there and '2' here; e is None there and 5 here" and changes(here, here) == ''
+    assert changes(there, here) == "b is 2 there and '2' here" and changes(here, here) == ''
+    assert changes(there | dict(d=4), here) == "b is 2 there and '2' here; d is 4 there and None here"
+    assert changes(there, here, but=('b', 'a')) == 'e is None there and 5 here' and changes(here, there, 'bc') == ''
 
 
-def test_a_folder_is_claimed_for_one_work(tmp_path):
-    folder, work = str(tmp_path / 'deep' / 'x'), dict(size=8, T=[0.5], name='é')
-    for _ in range(2):
-        claim(folder, 'work.json', work)
-    assert os.listdir(folder) == ['work.json'] and json.loads(Path(folder, 'work.json').read_text()) == work
-    Path(folder, 'result').write_text('')
-    claim(folder, 'work.json', work)
-    with pytest.raises(SystemExit, match='x was begun with other settings .size is 8 there and 9 here.: choose'):
-        claim(folder, 'work.json', work | dict(size=9))
-    assert json.loads(Path(folder, 'work.json').read_text()) == work
-
-
-def test_a_folder_of_something_else_is_not_claimed(tmp_path):
-    (tmp_path / 'photos').mkdir()
-    (tmp_path / 'photos' / '1.jpg').write_text('')
-    (tmp_path / 'file').write_text('')
-    for folder in ('photos', 'file', 'file/x'):
-        with pytest.raises(SystemExit, match=f'{folder} cannot be written or holds something else'):
-            claim(str(tmp_path / folder), 'work.json', dict(size=8))
-    assert os.listdir(tmp_path / 'photos') == ['1.jpg']
-
-
-def test_a_kill_while_a_file_is_written_leaves_the_old_one_or_none(tmp_path, monkeypatch):
-    write_json(str(tmp_path / 'old.json'), [1])
+def test_a_folder_of_comparisons_is_of_one_setting(workplace, tmp_path, monkeypatch):
+    """compare.py: settings.json says which, is whole or not there, and stays as it is."""
+    compare = lambda *args: run_in(workplace, 'tests/compare.py', f'--out_dir={tmp_path}/deep/x', *args)
     with monkeypatch.context() as killed:
         killed.setattr(os, 'replace', lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
-        for attempt in (lambda: write_json(str(tmp_path / 'old.json'), [2]),
-                        lambda: claim(str(tmp_path / 'x'), 'work.json', dict(size=8))):
-            with pytest.raises(KeyboardInterrupt):
-                attempt()
-    assert json.loads((tmp_path / 'old.json').read_text()) == [1] and os.listdir(tmp_path / 'x') == ['work.json.tmp']
-    claim(str(tmp_path / 'x'), 'work.json', dict(size=9))       # nothing was begun
-    assert os.listdir(tmp_path / 'x') == ['work.json'] and '9' in (tmp_path / 'x' / 'work.json').read_text()
+        with pytest.raises(KeyboardInterrupt):
+            compare('--patch=2', '--extra=--T=0.3')
+    assert os.listdir(tmp_path / 'deep' / 'x') == ['settings.json.tmp']
+    # Nothing was begun. The dataset, which is not there, ends these before they train.
+    work = dict(dataset='none', patch=4, num_samples=2000, extra='--cfg=1 é')
+    for _ in range(2):
+        assert 'data/none is not a' in compare('--dataset=none', '--extra=--cfg=1 é')
+        assert json.loads((tmp_path / 'deep' / 'x' / 'settings.json').read_text()) == work
+    message = compare('--dataset=none', '--extra=--cfg=1 é', '--patch=2')
+    assert 'x was begun with other settings (patch is 4 there and 2 here): give another --out_dir' in message
+    assert json.loads((tmp_path / 'deep' / 'x' / 'settings.json').read_text()) == work
+    (tmp_path / 'deep' / 'x' / 'settings.json').write_text('{')
+    assert 'cannot use' in compare('--dataset=none') and '\n' not in compare('--dataset=none')
 
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
@@ -219,8 +305,7 @@ def test_auto_is_bfloat16_where_a_gpu_multiplies_it(native, monkeypatch):
     assert precision('cuda:0', 'auto')[1] == ('bfloat16' if native else 'float32')
 
 
-def test_another_dtype_or_device_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda name: None)
+def test_another_dtype_or_device_is_refused():
     with pytest.raises(SystemExit, match="dtype must be auto, float32 or bfloat16, but it is 'float16'"):
         precision('cpu', 'float16')
     for device in ('gpu', 'cpu:x', ''):

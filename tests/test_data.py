@@ -3,20 +3,25 @@ data.py against independent oracles: images made here in known colours, ADM's co
 and runs compared byte by byte.
 """
 import atexit
+import contextlib
 import csv
+import errno
 import json
+import math
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import shutil
 import socket
 import sys
 import time
-import zipfile
+import traceback
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +29,11 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from conftest import ROOT, TINY
-from data import Dataset, ImageFiles, center_crop, decode, encode, load_vae, make_digits, training_order
+from conftest import ROOT, TINY, run_in
+from data import (Dataset, center_crop, decode, encode, list_pictures, load_vae, make_digits, read_picture,
+                  training_order)
 
+INCOMPLETE = 'is not a dataset, or not a complete one'     # what Dataset says
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -59,8 +66,22 @@ def latents(tmp_path_factory, vae_folder):
     args = [f'--source={folder / "source"}', '--size=16', f'--vae={vae_folder}', '--batch_size=4', '--device=cpu']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['data.py', *args, f'--out={folder / "out"}'])
-        runpy.run_path(os.path.join(ROOT, 'data.py'), run_name='__main__')
+        with open(folder / 'printed', 'w') as printed, contextlib.redirect_stdout(printed):
+            runpy.run_path(os.path.join(ROOT, 'data.py'), run_name='__main__')
     return folder / 'out', args, pictures
+
+
+def listed(folder):
+    """What list_pictures says of a folder: names below it, labels, classes."""
+    files, labels, classes = list_pictures(str(folder))
+    assert labels.dtype == np.int64
+    return [os.path.relpath(file, folder) for file in files], labels.tolist(), classes
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4, 4)).save(folder / name, format='PNG')
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -84,7 +105,9 @@ def cmyk(folder, name):
     ('rgb.png', saved(blocks(RED, BLUE), 'RGB'), blocks(RED, BLUE), 0),
     ('rgb.BMP', saved(blocks(RED, BLUE), 'RGB'), blocks(RED, BLUE), 0),
     ('rgb.webp', saved(blocks(RED, BLUE), 'RGB', lossless=True), blocks(RED, BLUE), 0),
+    ('rgb.ppm', saved(blocks(RED, BLUE), 'RGB'), blocks(RED, BLUE), 0),
     ('rgb.JPEG', saved(blocks(RED, BLUE), 'RGB', quality=100, subsampling=0), blocks(RED, BLUE), 3),
+    ('rgb.jfif', saved(blocks(RED, BLUE), 'RGB', quality=100, subsampling=0), blocks(RED, BLUE), 3),
     ('grey.png', saved(blocks([90], [200]), 'L'), blocks([90] * 3, [200] * 3), 0),
     ('bit.png', saved(blocks([0], [255]), '1'), blocks([0] * 3, WHITE), 0),
     ('rgba.png', saved(blocks((*RED, 255), (*RED, 0), (200, 30, 60, 51)), 'RGBA'),
@@ -96,9 +119,10 @@ def cmyk(folder, name):
 ])
 def test_every_kind_of_image_is_read_in_its_colours(tmp_path, name, make, expected, tolerance):
     make(tmp_path, name)
-    image = ImageFiles(str(tmp_path)).read(0)
-    assert image.mode == 'RGB'
-    assert np.abs(np.asarray(image).astype(int) - np.array(expected)).max() <= tolerance
+    [file], _, _ = list_pictures(str(tmp_path))
+    image = read_picture(file)
+    assert image.dtype == np.uint8 and image.shape == np.shape(expected)
+    assert np.abs(image.astype(int) - np.array(expected)).max() <= tolerance
 
 
 UPRIGHT = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
@@ -113,18 +137,23 @@ def test_exif_orientation_is_applied(tmp_path, ending):
         exif[0x0112] = orientation
         options = dict(quality=100, subsampling=0) if ending == 'jpg' else {}
         Image.fromarray(stored).save(tmp_path / f'{orientation}.{ending}', exif=exif, **options)
-    files = ImageFiles(str(tmp_path))
+    files, _, _ = list_pictures(str(tmp_path))
     for i, upright in enumerate(UPRIGHT):
-        assert np.abs(np.asarray(files.read(i)).astype(int) - upright(stored)).max() <= 3, f'orientation {i + 1}'
+        assert np.abs(read_picture(files[i]).astype(int) - upright(stored)).max() <= 3, f'orientation {i + 1}'
 
 
 def test_grey_beyond_8_bits_is_refused_not_clipped(tmp_path):
     files = {'16.png': np.uint16, '16.tif': np.uint16, '32.tiff': np.int32, 'float.tif': np.float32}
     for name, dtype in files.items():
         Image.fromarray(np.array([[0, 100, 255, 256, 65_535]]).astype(dtype)).save(tmp_path / name)
-    for i, name in enumerate(files):
-        with pytest.raises(ValueError, match=f'^{name}: grey of 16 bits'):
-            ImageFiles(str(tmp_path)).read(i)
+    for name in files:
+        with pytest.raises(ValueError, match=f'^{named(tmp_path / name)}: .*grey of 16 bits'):
+            read_picture(str(tmp_path / name))
+
+
+def named(file):
+    """How a message names a file, as a regular expression."""
+    return re.escape(repr(str(file)))
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -133,30 +162,20 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / 'a' / '1.png').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'a' / '2.jpg').write_text('<html>not found</html>')
     (tmp_path / 'b' / '3.png').write_bytes(b'')
-    shutil.make_archive(str(tmp_path / 'all'), 'zip', tmp_path)
-    folder, archive = ImageFiles(str(tmp_path)), ImageFiles(str(tmp_path / 'all.zip'))
+    files, _, _ = list_pictures(str(tmp_path))
     (tmp_path / 'b' / '4.png').unlink()
-    for files, damaged in ((folder, range(1, 5)), (archive, range(1, 4))):
-        assert files.read(0).size == (4, 4)
-        for i in damaged:
-            with pytest.raises(ValueError, match=f'^{files.names[i]}: [^<]+$'):
-                files.read(i)
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (4, 4)).save(folder / name, format='PNG')
+    for size, shape in ((0, (4, 4, 3)), (2, (2, 2, 3))):
+        assert read_picture(files[0], size).shape == shape
+        for file in files[1:]:
+            with pytest.raises(ValueError, match=f'^{named(file)}: .'):
+                read_picture(file, size)
 
 
 def test_first_level_folders_are_the_classes(tmp_path):
     touch(tmp_path, 'dog/2.PNG', 'dog/deep/er/1.JPg', 'cat/x.webp')
     touch(tmp_path, 'cat/.hidden.png', '__MACOSX/cat/x.png', '.git/y.png')
     (tmp_path / 'cat' / 'notes.txt').write_text('no image')
-    files = ImageFiles(str(tmp_path))
-    assert files.names == ['cat/x.webp', 'dog/2.PNG', 'dog/deep/er/1.JPg']
-    assert files.classes == ['cat', 'dog']
-    assert files.labels.tolist() == [0, 1, 1] and files.labels.dtype == np.int64
+    assert listed(tmp_path) == (['cat/x.webp', 'dog/2.PNG', 'dog/deep/er/1.JPg'], [0, 1, 1], ['cat', 'dog'])
 
 
 @pytest.mark.parametrize('names, classes, labels', [
@@ -168,22 +187,65 @@ def test_first_level_folders_are_the_classes(tmp_path):
 ])
 def test_lone_folders_and_images_beside_folders_make_no_classes(tmp_path, names, classes, labels):
     touch(tmp_path, *names)
-    files = ImageFiles(str(tmp_path))
-    assert (files.classes, files.labels.tolist(), files.labels.dtype) == (classes, labels, np.int64)
+    assert listed(tmp_path) == (names, labels, classes)
 
 
-def test_a_zip_read_by_threads_equals_the_folder(tmp_path):
-    make_pictures(tmp_path / 'source', 40)
-    touch(tmp_path / 'source', '__MACOSX/a/._00.png')
-    with zipfile.ZipFile(tmp_path / 'source.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted((tmp_path / 'source').rglob('*'), reverse=True):
-            archive.write(file, file.relative_to(tmp_path / 'source'))
-    folder, archive = ImageFiles(str(tmp_path / 'source')), ImageFiles(str(tmp_path / 'source.zip'))
-    assert folder.names == archive.names and folder.classes == archive.classes == ['a', 'b']
-    assert (folder.labels == archive.labels).all()
-    with ThreadPoolExecutor(8) as pool:
-        for i, image in enumerate(pool.map(archive.read, list(range(40)) * 5)):
-            assert image.tobytes() == folder.read(i % 40).tobytes()
+def test_what_is_found_and_what_is_passed_over_are_counted(tmp_path, capsys):
+    touch(tmp_path, 'cat/1.png', 'cat/2.jfif', 'dog/3.ppm')
+    for name in ('notes.txt', 'cat/table.csv', 'dog/deep/paper.pdf', 'dog/archive.zip', 'dog/no_ending', '.hidden.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('no picture')
+    assert listed(tmp_path)[2] == ['cat', 'dog']
+    printed = capsys.readouterr().out
+    assert re.search(r'\b3 pictures\b', printed) and re.search(r'\b5 other files\b', printed)
+    assert '2 classes' in printed and "['cat', 'dog']" in printed and str(tmp_path) in printed
+
+
+def test_pictures_beside_class_folders_are_said_to_make_no_classes(tmp_path, capsys):
+    """One picture in the wrong place makes a whole training unconditional: whoever prepares it must see that."""
+    touch(tmp_path, 'cat/1.png', 'dog/2.png')
+    assert listed(tmp_path)[2] == ['cat', 'dog']
+    assert '2 classes' in capsys.readouterr().out
+    touch(tmp_path, 'stray.png')
+    assert listed(tmp_path)[2] == []
+    assert re.search(r'\b(no|0) classes', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('link, target', [('cat/up', '../..'), ('dog/round', '..'), ('dog/here', '.')])
+def test_a_link_above_the_source_lists_each_picture_once(tmp_path, link, target):
+    touch(tmp_path, 'source/cat/1.png', 'source/dog/2.png', 'beside/3.png')
+    source = tmp_path / 'source'
+    (source / link).symlink_to(target)
+    beside = ['cat/up/beside/3.png'] * (link == 'cat/up')
+    assert listed(source) == (['cat/1.png', *beside, 'dog/2.png'], [0] * len(beside) + [0, 1], ['cat', 'dog'])
+    touch(source, '0.png')      # in the source itself
+    assert listed(source) == (['0.png', 'cat/1.png', *beside, 'dog/2.png'], [0] * len(beside) + [0] * 3, [])
+
+
+def test_a_link_to_a_class_does_not_take_it_over_wherever_it_sorts(tmp_path, monkeypatch):
+    """Whatever the order of the names, and the order in which the file system lists them."""
+    scan = os.scandir
+    for forwards in (True, False):
+        for name in ('ant', 'cow', 'emu'):
+            source = tmp_path / f'{name}{forwards}'
+            touch(source, 'bee/1.png', 'dog/deep/2.png')
+            (source / name).symlink_to(source / 'dog')
+            (source / f'{name}-deep').symlink_to(source / 'dog' / 'deep')
+            with monkeypatch.context() as patch:
+                by_name = lambda folder: sorted(scan(folder), key=lambda entry: entry.name, reverse=not forwards)
+                patch.setattr(os, 'scandir', by_name)
+                assert listed(source) == (['bee/1.png', 'dog/deep/2.png'], [0, 1], ['bee', 'dog'])
+
+
+def test_linked_folders_and_pictures_count_like_others(tmp_path):
+    touch(tmp_path, 'source/cat/1.png', 'elsewhere/birds/2.png', 'elsewhere/birds/deep/3.png', 'elsewhere/one.png')
+    source = tmp_path / 'source'
+    (source / 'bird').symlink_to(tmp_path / 'elsewhere' / 'birds')
+    (source / 'cat' / 'link.png').symlink_to(tmp_path / 'elsewhere' / 'one.png')
+    expected = ['bird/2.png', 'bird/deep/3.png', 'cat/1.png', 'cat/link.png'], [0, 0, 1, 1], ['bird', 'cat']
+    assert listed(source) == expected
+    (tmp_path / 'linked').symlink_to(source)        # the source itself
+    assert listed(tmp_path / 'linked') == expected
 
 
 @pytest.mark.parametrize('width, height, size', [
@@ -212,24 +274,28 @@ def test_the_crop_is_the_middle():
         assert (center_crop(Image.fromarray(array), 64) == 255).all()
 
 
+def test_reading_crops_to_the_size_asked_for(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / 'x.png')
+    file = str(tmp_path / 'x.png')
+    assert (read_picture(file, 16) == center_crop(Image.open(file), 16)).all()
+    assert (read_picture(file) == np.asarray(Image.open(file))).all()
+
+
 # --- Preparing --------------------------------------------------------------------------------------------------------
 
-def test_pixels_and_labels_of_a_folder_and_of_a_zip(tmp_path, run):
+def test_pixels_and_labels_of_a_folder(tmp_path, run):
     pictures = make_pictures(tmp_path / 'source', 10)
-    shutil.make_archive(str(tmp_path / 'source'), 'zip', tmp_path / 'source')
-    for source, out in (('source', 'x'), ('source.zip', 'y')):
-        _, message = run('data.py', f'--source={tmp_path / source}', f'--out={tmp_path / out}/', '--size=16',
-                         '--batch_size=4', '--device=cpu')
-        assert message == ''
-    x, y = contents(tmp_path / 'x'), contents(tmp_path / 'y')
-    assert set(x) == {'images.npy', 'labels.npy', 'meta.json'} and x['images.npy'] == y['images.npy']
-    assert x['labels.npy'] == y['labels.npy']
+    printed, message = run('data.py', f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}/', '--size=16',
+                           '--batch_size=4', '--device=cpu')
+    assert message == '' and f'{tmp_path / "x"}: 10 images, 0 left out' in printed
+    assert set(contents(tmp_path / 'x')) == {'images.npy', 'labels.npy', 'meta.json'}
+    assert sorted(os.listdir(tmp_path)) == ['source', 'x']
     prepared = Dataset(str(tmp_path / 'x'))
     assert (prepared.array == np.stack([np.asarray(picture) for picture in pictures])).all()
     assert prepared.labels.tolist() == [0] * 5 + [1] * 5
     assert prepared.meta == dict(source=str(tmp_path / 'source'), size=16, image_size=16, channels=3, count=10,
                                  heldout=0, classes=['a', 'b'], flips=2, vae='')
-    assert prepared.n_train == 10 and prepared.heldout.tolist() == prepared.rows.tolist() == list(range(10))
+    assert prepared.n_train == 10 and prepared.eval_index.tolist() == prepared.rows.tolist() == list(range(10))
     assert prepared.array.dtype == np.uint8 and prepared.labels.dtype == np.int64
 
 
@@ -238,7 +304,7 @@ def test_held_out_images_are_of_all_classes_and_keep_their_labels(tmp_path, run)
     run('data.py', f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16', '--heldout=12',
         '--device=cpu')
     prepared = Dataset(str(tmp_path / 'x'))
-    assert prepared.n_train == 28 and prepared.heldout.tolist() == list(range(28, 40))
+    assert prepared.n_train == 28 and prepared.eval_index.tolist() == list(range(28, 40))
     by_name = [np.asarray(picture).tobytes() for picture in pictures]
     order = [by_name.index(image.tobytes()) for image in prepared.array]
     assert sorted(order) == list(range(40)) and prepared.labels.tolist() == [i // 20 for i in order]
@@ -249,41 +315,19 @@ def test_a_complete_dataset_is_left_alone(latents, tmp_path, run, monkeypatch):
     pixels = make_pictures(tmp_path / 'source', 3), [f'--source={tmp_path / "source"}', '--size=16', '--device=cpu']
     run('data.py', *pixels[1], f'--out={tmp_path / "x"}')
     monkeypatch.setattr(Image, 'open', lambda *args: (_ for _ in ()).throw(AssertionError('an image is read again')))
-    for out, args, n in ((tmp_path / 'x', pixels[1], 3), (latents[0], latents[1], 12)):
+    for out, args in ((tmp_path / 'x', pixels[1]), (latents[0], latents[1])):
         before = contents(out)
-        printed, message = run('data.py', *args, f'--out={out}')
-        assert message == '' and f'{n} images of 2 classes, 0 left out' in printed and contents(out) == before
-        for other, words in (('--size=8', 'size is 16 there and 8 here'), ('--heldout=1', 'heldout is 0 there and 1'),
-                             ('--flip=False', 'flips is 2 there and 1 here'), ('--grey=True', 'channels is 3 there')):
-            if n == 3 or 'grey' not in other:
-                message = run('data.py', *args, f'--out={out}', other)[1]
-                assert 'begun with other settings' in message and words in message and contents(out) == before
+        for other in ('--device=cpu', '--size=8', '--heldout=1', '--flip=False', '--source=nowhere'):
+            for slash in ('', '/'):
+                message = run('data.py', *args, f'--out={out}{slash}', other)[1]
+                assert message == f'data.py: {out} exists: delete it, or give another --out'
+                assert contents(out) == before and not os.path.exists(f'{out}.parts')
 
 
-def test_one_channel_is_pillows_grey_and_greys_stay_as_they_are(tmp_path, run):
-    pictures = make_pictures(tmp_path / 'source', 10)
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(values).save(tmp_path / 'source' / 'b' / '10.png')
-    Image.fromarray(values).convert('RGB').save(tmp_path / 'source' / 'b' / '11.png')
-    args = f'--source={tmp_path / "source"}', '--grey=True', '--device=cpu'
-    run('data.py', *args, f'--out={tmp_path / "x"}', '--size=16')
-    run('data.py', *args, f'--out={tmp_path / "y"}', '--size=16', '--heldout=4')
-    run('data.py', *args, f'--out={tmp_path / "z"}', '--size=8')
-    x, y, z = (Dataset(str(tmp_path / name)) for name in 'xyz')
-    assert x.array.shape == (12, 16, 16, 1) and z.array.shape == (12, 8, 8, 1) and x.meta['channels'] == 1
-    assert (x.array[10:, ..., 0] == values).all()
-    for i, picture in enumerate(pictures):
-        assert (x.array[i, ..., 0] == np.asarray(picture.convert('L'))).all()
-        red, green, blue = np.moveaxis(center_crop(picture, 8).astype(float), -1, 0)
-        assert np.abs(z.array[i, ..., 0] - (0.299 * red + 0.587 * green + 0.114 * blue)).max() < 1.5
-    assert x.labels.tolist() == [0] * 5 + [1] * 7 and y.n_train == 8 and y.heldout.tolist() == [8, 9, 10, 11]
-    by_name = [image.tobytes() for image in x.array[:11]]
-    order = [by_name.index(image.tobytes()) for image in y.array]
-    assert y.labels.tolist() == x.labels[order].tolist() and sorted(order) == [*range(11), 10]
-    batch, labels = x.batch(np.array([3, 9]), flip=np.array([True, False]))
-    assert batch.shape == (2, 1, 16, 16) and labels.tolist() == [0, 1]
-    mirrored = np.asarray(ImageOps.mirror(pictures[3]).convert('L'))
-    np.testing.assert_allclose(batch[0, 0], mirrored / 127.5 - 1, atol=1e-6)
+def prepare(capsys, *args):
+    """What data.py prints, on either stream, and the sentence it ends with."""
+    message = run_in(ROOT, 'data.py', *args, '--device=cpu')
+    return ''.join(capsys.readouterr()), message
 
 
 @pytest.fixture
@@ -295,62 +339,189 @@ def damaged(tmp_path):
     whole = (tmp_path / 'source' / 'a' / '017.png').read_bytes()
     (tmp_path / 'source' / 'a' / '017.png').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'source' / 'b' / '150.png').write_text('<html>not found</html>')
-    return [f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=8', '--device=cpu'], whole
+    return [f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=8'], whole
 
 
-def test_damaged_images_are_named_and_left_out_until_mended(tmp_path, run, damaged):
+def test_damaged_images_are_named_and_left_out(tmp_path, capsys, damaged):
     args, whole = damaged
-    for attempt in range(2):
-        out, message = run('data.py', *args)
-        assert message == '' and 'left out: a/017.png: ' in out and 'left out: b/150.png: ' in out
-        assert '200 images of 2 classes, 2 left out' in out and 'not complete' not in out
+    out, message = prepare(capsys, *args)
+    left_out = [line for line in out.splitlines() if line.startswith('left out: ')]
+    assert message == '' and f'{tmp_path / "x"}: 200 images, 2 left out' in out and len(left_out) == 2
+    for name in ('a/017.png', 'b/150.png'):
+        assert sum(repr(str(tmp_path / 'source' / name)) in line for line in left_out) == 1
     prepared = Dataset(str(tmp_path / 'x'))
     kept = [i for i in range(202) if i not in (17, 150)]
     assert prepared.labels.tolist() == [-1 if i in (17, 150) else int(i > 100) for i in range(202)]
     assert prepared.meta['count'] == 202 and prepared.rows.tolist() == kept and prepared.n_train == 200
     assert prepared.array.shape == (202, 8, 8, 3) and prepared.array[kept, 0, 0, 0].tolist() == kept
-    x, y = prepared.batch(prepared.heldout)
+    x, y = prepared.batch(prepared.eval_index)
     assert ((x[:, 0, 0, 0] + 1) * 127.5).round().tolist() == kept and y.tolist() == [int(i > 100) for i in kept]
-    (tmp_path / 'source' / 'a' / '017.png').write_bytes(whole)
-    out, message = run('data.py', *args)
-    prepared = Dataset(str(tmp_path / 'x'))
+    (tmp_path / 'source' / 'a' / '017.png').write_bytes(whole)      # mended: a new dataset has it
+    out, message = prepare(capsys, *args, f'--out={tmp_path / "y"}')
+    prepared = Dataset(str(tmp_path / 'y'))
     assert message == '' and '1 left out' in out and prepared.rows.tolist() == [i for i in range(202) if i != 150]
     assert (prepared.array[17] == 17).all() and prepared.labels[17] == 0
 
 
-def test_more_than_one_percent_damaged_stops_until_mended(tmp_path, run, damaged, monkeypatch):
+@pytest.mark.parametrize('threads', (1, 8))
+def test_more_than_one_percent_damaged_stops_and_leaves_no_dataset_until_mended(tmp_path, capsys, damaged, monkeypatch,
+                                                                                threads):
     args, whole = damaged
     mended = tmp_path / 'source' / 'b' / '201.png'
     content = mended.read_bytes()
     mended.write_bytes(whole[:len(whole) // 2])
-    out, message = run('data.py', *args)
-    assert message.startswith('data.py: 3 of 202 images cannot be read, more than 1%') and 'left out: b/201.png' in out
+    monkeypatch.setattr(futures, 'ThreadPoolExecutor', partial(ThreadPoolExecutor, threads))
+    out, message = prepare(capsys, *args)
+    assert message == 'data.py: 3 of 202 pictures cannot be read, more than 1%' and '201.png' in out
+    assert not (tmp_path / 'x').exists()
     mended.write_bytes(content)
-    # With one thread the mended image comes last: what it was no longer counts meanwhile
-    monkeypatch.setattr(futures, 'ThreadPoolExecutor', partial(ThreadPoolExecutor, 1))
-    assert run('data.py', *args)[1] == ''
+    assert prepare(capsys, *args)[1] == ''
     prepared = Dataset(str(tmp_path / 'x'))
     assert np.flatnonzero(prepared.labels < 0).tolist() == [17, 150] and (prepared.array[201] == 201).all()
 
 
+def test_a_long_strip_is_left_out_by_name(tmp_path, capsys):
+    """Cropped as ADM does, a strip would be blown up to size x (size times its ratio): it could fill the memory."""
+    make_pictures(tmp_path / 'source', 99)
+    Image.new('RGB', (10, 490), RED).save(tmp_path / 'source' / 'a' / 'long.png')       # not too long
+    Image.new('RGB', (600, 10)).save(tmp_path / 'source' / 'b' / 'strip.png')
+    out, message = prepare(capsys, f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16')
+    assert message == '' and '100 images, 1 left out' in out
+    left_out, = (line for line in out.splitlines() if line.startswith('left out: '))
+    assert repr(str(tmp_path / 'source' / 'b' / 'strip.png')) in left_out and 'long' in left_out
+    prepared = Dataset(str(tmp_path / 'x'))
+    assert (prepared.array[50] == RED).all() and np.flatnonzero(prepared.labels < 0).tolist() == [100]
+    for i, file in enumerate(('wide.png', 'tall.png')):
+        Image.new('L', (600, 10)[::1 - 2 * i]).save(tmp_path / file)
+        with pytest.raises(ValueError, match=f'^{named(tmp_path / file)}: .*long'):
+            read_picture(str(tmp_path / file), 16)
+
+
+def test_a_damaged_file_is_named_whatever_bytes_its_name_is_of(tmp_path, capsys):
+    """The names of its file and of its class are no UTF-8, which a terminal cannot be sent as they are."""
+    make_pictures(tmp_path / 'source', 99)
+    strange = os.fsencode(tmp_path / 'source') + b'/cl\xffass'
+    os.mkdir(strange)
+    for name in (b'/\xe9t\xe9.png', b'/\xfe.png'):
+        Image.new('RGB', (16, 16), RED).save(os.fsdecode(strange + name))
+    with open(strange + b'/\xe9t\xe9.png', 'wb') as f:
+        f.write(b'no picture')
+    out, message = prepare(capsys, f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16')
+    assert message == '' and '100 images, 1 left out' in out and 'left out: ' in out
+    assert repr(os.fsdecode(strange + b'/\xe9t\xe9.png')) in out
+    prepared = Dataset(str(tmp_path / 'x'))
+    assert [os.fsencode(name) for name in prepared.meta['classes']] == [b'a', b'b', b'cl\xffass']
+    assert sorted(prepared.labels[-2:].tolist()) == [-1, 2] and (prepared.array[prepared.rows[-1]] == RED).all()
+
+
 def test_a_full_disk_shows_before_any_image_is_read(tmp_path, run, monkeypatch):
-    """A limit on the size of files, as a full disk: meta.json fits below it, the images do not."""
+    """A limit on the size of files, as a full disk: labels.npy fits below it, the images do not."""
     pictures = make_pictures(tmp_path / 'source', 12)
     args = f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=16', '--device=cpu'
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with monkeypatch.context() as full:
-            full.setattr(Image, 'open', lambda *args: (_ for _ in ()).throw(AssertionError('an image is read')))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            out, message = run('data.py', *args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f'data.py: cannot write 12 images to {tmp_path / "x"} (OSError: ')
-    assert out == '' and '\n' not in message and not (tmp_path / 'x' / 'labels.npy').exists()
-    with pytest.raises(SystemExit, match='x is not a dataset of data.py, or is damaged'):
-        Dataset(str(tmp_path / 'x'))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    for disk in ('a limit', 'sparse files'):        # which a full disk takes, until they are written
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Image, 'open', lambda *args: (_ for _ in ()).throw(AssertionError('an image is read')))
+                if disk == 'a limit':
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+                else:
+                    patch.setattr(os, 'posix_fallocate', full)
+                _, message = run('data.py', *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert message.startswith(f'data.py: cannot write 12 images to {tmp_path / "x"} (OSError: ')
+        assert '\n' not in message and not (tmp_path / 'x').exists()
+        with pytest.raises(SystemExit, match=f'x {INCOMPLETE}'):
+            Dataset(str(tmp_path / 'x'))
     assert run('data.py', *args)[1] == ''       # there is room again
     assert (Dataset(str(tmp_path / 'x')).array == np.stack([np.asarray(picture) for picture in pictures])).all()
+
+
+def private_memory():
+    """The bytes of memory that belong to this process alone: what it maps from files does not count."""
+    with open('/proc/self/status') as f:
+        return 1024 * int(re.search(r'RssAnon:\s+(\d+)', f.read())[1])
+
+
+class StandIn:
+    """In place of a VAE: the latents of an image are its mean, everywhere. It notes how much memory is in use."""
+    device, config = 'cpu', SimpleNamespace(scaling_factor=1.0)
+
+    def __init__(self, *shape):
+        self.shape, self.memory = shape, []
+
+    def requires_grad_(self, on):
+        return self
+
+    eval = lambda self: self
+    to = lambda self, device: self
+
+    def encode(self, view):
+        self.memory.append(private_memory())
+        mean = view.mean((1, 2, 3), keepdim=True).expand(len(view), *self.shape)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean))
+
+
+def prepare_with(vae, source, count, run, monkeypatch, *args):
+    """Runs data.py on `count` hard links to one red picture, with a stand-in for the VAE."""
+    from diffusers import AutoencoderKL
+    monkeypatch.setattr(AutoencoderKL, 'from_pretrained', lambda *args, **options: vae)
+    source.mkdir()
+    Image.new('RGB', (8, 8), RED).save(source / 'first.png')
+    for i in range(1, count):
+        os.link(source / 'first.png', source / f'{i:05}.png')
+    return run('data.py', f'--source={source}', '--size=8', '--vae=stand-in', '--flip=False', '--device=cpu', *args)
+
+
+def test_rows_go_to_the_disk_and_not_into_memory(tmp_path, run, monkeypatch):
+    """384 MB of rows, and the process never has 100 MB more than when it encoded the first of them."""
+    vae = StandIn(8, 256, 256)      # 2 MB a row
+    _, message = prepare_with(vae, tmp_path / 'source', 192, run, monkeypatch, f'--out={tmp_path / "x"}',
+                              '--batch_size=16')
+    rows = np.load(tmp_path / 'x' / 'latents.npy', mmap_mode='r')
+    assert message == '' and rows.shape == (192, 1, 16, 256, 256) and rows.nbytes > 384e6
+    np.testing.assert_allclose(rows[::50, 0, :, 0, 0].astype(float), (255 / 3) / 127.5 - 1, atol=1e-3)
+    assert len(vae.memory) == 1 + 12 and max(vae.memory[1:]) - vae.memory[1] < 100e6
+
+
+def test_a_dataset_far_larger_than_memory_can_be_begun(tmp_path, run, monkeypatch):
+    """A sparse array of 1 TB, without its space being reserved; the run is ended when it opens the first picture."""
+    before, memory = private_memory(), []
+
+    def ends(*args):
+        memory.append(private_memory())
+        raise KeyboardInterrupt
+
+    monkeypatch.delattr(os, 'posix_fallocate')
+    monkeypatch.setattr(Image, 'open', ends)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_with(StandIn(16, 1024, 1024), tmp_path / 'source', 16_000, run, monkeypatch,        # 64 MB a row
+                     f'--out={tmp_path / "x"}')
+    file = tmp_path / 'x.parts' / 'latents.npy'
+    try:
+        assert file.stat().st_size > 1e12 and file.stat().st_blocks * 512 < 1e9
+        assert len(memory) > 0 and max(memory) - before < 1e9
+    finally:
+        shutil.rmtree(tmp_path / 'x.parts')
+
+
+def test_the_space_of_all_rows_is_reserved_before_any_image_is_read(tmp_path, run, monkeypatch):
+    make_pictures(tmp_path / 'source', 12, size=64)
+    reserved = []
+
+    def ends(*args):
+        reserved.append((tmp_path / 'x.parts' / 'images.npy').stat().st_blocks * 512)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image, 'open', ends)
+        run('data.py', f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=64', '--device=cpu')
+    assert min(reserved) >= 12 * 64 * 64 * 3
 
 
 def test_latents_are_the_posterior_of_the_image_and_of_its_mirror_image(latents, vae_folder):
@@ -367,12 +538,14 @@ def test_latents_are_the_posterior_of_the_image_and_of_its_mirror_image(latents,
             np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-4)
 
 
-def test_the_meta_of_latents_records_vae_scaling_and_spread(latents, vae_folder):
+def test_the_meta_of_latents_records_vae_and_scaling_and_their_spread_is_printed(latents, vae_folder):
     meta = Dataset(str(latents[0])).meta
     assert (meta['size'], meta['image_size'], meta['channels'], meta['flips'], meta['vae']) == (8, 16, 4, 2, vae_folder)
-    assert meta['scaling_factor'] == 0.7
+    assert meta['scaling_factor'] == 0.7 and 'latent_std' not in meta
     means = np.load(latents[0] / 'latents.npy')[:, 0, :4].astype(np.float64)
-    assert meta['latent_std'] == pytest.approx(0.7 * means.std(ddof=1), rel=1e-5)
+    printed = (latents[0].parent / 'printed').read_text()
+    spread = float(re.search(r'scaling factor 0\.7, std of the scaled latents (\d+\.\d+)', printed)[1])
+    assert spread == pytest.approx(0.7 * means.std(ddof=1), abs=1e-4)
 
 
 def forked(args, printed, script, environment):
@@ -392,121 +565,149 @@ def started(args, printed, script='data.py', **environment):
     return process
 
 
-def wait_until_done(out, count, process):
-    """What labels.npy says once so many images are no longer to do."""
-    labels, started = np.full(12, -2), time.time()
-    while (labels > -2).sum() < count and time.time() < started + 60 and process.is_alive():
+def wait_until_written(file, count, process):
+    """Which of the 12 rows hold something once `count` do."""
+    written, started = np.zeros(12, bool), time.time()
+    while written.sum() < count and time.time() < started + 60 and process.is_alive():
         time.sleep(0.02)
-        if (out / 'labels.npy').exists():
-            labels = np.load(out / 'labels.npy')
-    return labels.tolist()
+        with contextlib.suppress(OSError, ValueError):      # not there yet, or not whole
+            written = np.load(file, mmap_mode='r').any(axis=(1, 2, 3, 4))
+    return written.tolist()
 
 
-def test_a_killed_run_continues_to_the_same_bytes(latents, tmp_path, run, capsys):
+@contextlib.contextmanager
+def waiting(picture):
+    """Makes a picture a pipe, so that reading it waits for ever; yields what ends that."""
+    content = picture.read_bytes()
+
+    def mend():
+        picture.unlink()
+        picture.write_bytes(content)
+
+    picture.unlink()
+    os.mkfifo(picture)
+    try:
+        yield content, mend
+    finally:
+        mend()
+
+
+def test_a_killed_run_leaves_no_dataset_and_the_same_command_starts_anew(latents, tmp_path, run):
+    """Nothing that was half made, by these settings or others, gets into what the next run makes."""
     folder, args, pictures = latents
     reference, array = contents(folder), np.load(folder / 'latents.npy')
-    source, out = folder.parent / 'source', tmp_path / 'x'
-    pipe = source / 'b' / '07.png'      # the tenth by name, in the last chunk: reading it waits for ever
+    source, out, parts = folder.parent / 'source', tmp_path / 'x', tmp_path / 'x.parts'
     first = source / 'a' / '00.png'
-    pipe.unlink()
-    os.mkfifo(pipe)
     args = [*args, f'--out={out}']
-    killed = started(args, tmp_path / 'printed')
+
+    def kill():
+        with waiting(source / 'b' / '07.png'):      # the tenth by name, in the last call of the VAE
+            killed = started(args, tmp_path / 'printed')
+            try:
+                assert wait_until_written(parts / 'latents.npy', 8, killed) == [True] * 8 + [False] * 4
+                assert killed.is_alive()
+            finally:
+                killed.kill()
+                killed.join()
+        assert not out.exists() and not (parts / 'meta.json').exists()
+        assert (np.load(parts / 'latents.npy') == array * (np.arange(12) < 8)[:, None, None, None, None]).all()
+        for half_made in (out, parts):
+            with pytest.raises(SystemExit, match=INCOMPLETE):
+                Dataset(str(half_made))
+
+    kill()
+    printed, message = run('data.py', *args)
+    assert message == '' and '12 images, 0 left out' in printed
+    assert contents(out) == reference and not parts.exists()
+    shutil.rmtree(out)
+    kill()
     try:
-        labels = wait_until_done(out, 8, killed)
-        assert killed.is_alive()
-        killed.kill()
-        killed.join()
-        assert labels == [0] * 6 + [1] * 2 + [-2] * 4
-        assert (np.load(out / 'latents.npy') == array * (np.arange(12) < 8)[:, None, None, None, None]).all()
-        prepared = Dataset(str(out))
-        assert 'x is not complete: run the command that began it once more' in capsys.readouterr().out
-        assert prepared.n_train == 8 and prepared.meta['count'] == 12 and 'latent_std' not in prepared.meta
-        x, y = prepared.batch(prepared.heldout)
-        np.testing.assert_allclose(x, 0.7 * array[:8, 0, :4].astype(np.float32), rtol=1e-6)
-        assert y.tolist() == [0] * 6 + [1] * 2
-        Image.new('RGB', (16, 16)).save(first)      # done before: it must not be read again
-        pipe.unlink()
-        pictures[9].save(pipe)
-        before = contents(out)
-        for other, words in (('--size=32', 'size is 8 there and 16 here'), ('--vae=', 'vae is')):
-            message = run('data.py', *args, other)[1]
-            assert 'begun with other settings' in message and words in message and contents(out) == before
-        printed, message = run('data.py', *args)
-        assert message == '' and '12 images of 2 classes, 0 left out' in printed and contents(out) == reference
-        Dataset(str(out))
-        assert capsys.readouterr().out == ''
+        Image.new('RGB', (16, 16), RED).save(first)     # read by the run that was killed: it must be read again
+        assert run('data.py', *args, '--vae=')[1] == ''
     finally:
-        killed.kill()
         pictures[0].save(first)
-        pipe.unlink(missing_ok=True)
-        pictures[9].save(pipe)
+    assert set(contents(out)) == {'images.npy', 'labels.npy', 'meta.json'} and not parts.exists()
+    prepared = Dataset(str(out))
+    assert (prepared.array == np.stack([np.full((16, 16, 3), RED), *map(np.asarray, pictures[1:])])).all()
 
 
-def test_images_are_written_before_they_count_as_done(latents, tmp_path, run, monkeypatch):
+@pytest.mark.parametrize('step', ('flush', 'rename'))
+def test_a_dataset_appears_when_all_is_on_the_disk_and_meta_json_comes_last(latents, tmp_path, run, monkeypatch, step):
+    """A run that dies while it flushes its rows, or before its last step, leaves nothing that looks like a dataset."""
     folder, args, _ = latents
-    flush = np.memmap.flush
+    flush, flushed = np.memmap.flush, set()
 
-    def dies(array):
+    def flushes(array):
         flush(array)
+        flushed.add(os.path.basename(array.filename))
+        if step == 'flush':
+            raise KeyboardInterrupt
+
+    def dies(*args):
         raise KeyboardInterrupt
-    with monkeypatch.context() as killed:
-        killed.setattr(np.memmap, 'flush', dies)
-        with pytest.raises(KeyboardInterrupt):
-            run('data.py', *args, f'--out={tmp_path / "x"}')
-    assert (np.load(tmp_path / 'x' / 'labels.npy') == -2).all()
-    written = np.load(tmp_path / 'x' / 'latents.npy').any(axis=(1, 2, 3, 4))
-    assert written.reshape(3, 4).all(1).any()       # of some chunk all images are there
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np.memmap, 'flush', flushes)
+        patch.setattr(os, 'rename', dies)
+        run('data.py', *args, f'--out={tmp_path / "x"}')
+    assert step == 'flush' or flushed == {'latents.npy', 'labels.npy'}
+    assert os.listdir(tmp_path) == ['x.parts'] and (tmp_path / 'x.parts' / 'meta.json').exists() == (step == 'rename')
+    assert np.load(tmp_path / 'x.parts' / 'latents.npy').any(axis=(1, 2, 3, 4)).all()
+    with pytest.raises(SystemExit, match=INCOMPLETE):
+        Dataset(str(tmp_path / 'x'))
     assert run('data.py', *args, f'--out={tmp_path / "x"}')[1] == '' and contents(tmp_path / 'x') == contents(folder)
 
 
 def test_two_processes_make_the_bytes_of_one(latents, tmp_path):
     folder, args, _ = latents
-    pipe = folder.parent / 'source' / 'a' / '10.png'        # the sixth by name, in the second process's only chunk
-    content = pipe.read_bytes()
-    pipe.unlink()
-    os.mkfifo(pipe)
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     out, printed = tmp_path / 'x', [tmp_path / '0', tmp_path / '1']
-    processes = [started([*args, f'--out={out}'], printed[rank], WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank),
-                         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) for rank in range(2)]
-    try:
-        assert wait_until_done(out, 8, processes[0]) == [0] * 4 + [-2] * 4 + [1] * 4
-        time.sleep(0.5)
-        assert processes[0].is_alive()      # it waits for the second
-        pipe.write_bytes(content)
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
-        assert ['12 images of 2 classes' in file.read_text() for file in printed] == [True, False]
-        assert '| 2/2 [' in printed[0].read_text()      # chunks of its own
-        assert contents(out) == contents(folder)
-    finally:
-        for process in processes:
-            process.kill()
-        pipe.unlink()
-        pipe.write_bytes(content)
+    with waiting(folder.parent / 'source' / 'a' / '10.png') as (content, mend):     # the sixth: the second process's
+        processes = [started([*args, f'--out={out}'], printed[rank], WORLD_SIZE='2', RANK=str(rank),
+                             LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+                     for rank in range(2)]
+        try:
+            written = wait_until_written(tmp_path / 'x.parts' / 'latents.npy', 8, processes[0])
+            assert written == [True] * 4 + [False] * 4 + [True] * 4
+            time.sleep(0.5)
+            assert processes[0].is_alive() and not out.exists()     # it waits for the second
+            (folder.parent / 'source' / 'a' / '10.png').write_bytes(content)        # into the pipe
+            for process in processes:
+                process.join(60)
+            assert [process.exitcode for process in processes] == [0, 0]
+        finally:
+            for process in processes:
+                process.kill()
+    assert [f'{out}: 12 images, 0 left out' in file.read_text() for file in printed] == [True, False]
+    assert '| 2/2 [' in printed[0].read_text()      # calls of its own
+    assert contents(out) == contents(folder) and not (tmp_path / 'x.parts').exists()
 
 
 @pytest.mark.parametrize('args, sentence', [
-    ([], 'say what to make of what'),
-    (['--source=nowhere', '--out=x'], "'nowhere' is neither"),
-    (['--source=empty', '--out=x'], "no images in 'empty'"),
-    (['--source=one', '--out=one'], 'one cannot be written or holds something else'),
-    (['--source=one', '--out=x', '--heldout=1'], 'less than the 1 images'),
-    (['--source=one', '--out=x', '--heldout=-1'], '0 or more'),
-    (['--source=one', '--out=x', '--grey=True', '--vae=VAE'], 'a VAE takes colour'),
-    (['--source=one', '--out=x', '--size=15', '--vae=VAE'], 'multiple of 2'),
-    (['--source=one', '--out=x', '--vae=one'], 'vae must be a folder or the Hugging Face id'),
+    ([], 'give pictures and a dataset'),
+    (['--source=one'], 'give pictures and a dataset'),
+    (['--source=nowhere', '--out=x'], "'nowhere' is not a folder of pictures"),
+    (['--source=one/1.png', '--out=x'], "'one/1.png' is not a folder of pictures"),
+    (['--source=empty', '--out=x'], "no pictures in 'empty', but 1 other files"),
+    (['--source=one', '--out=one'], 'one exists'),
+    (['--source=one', '--out=one/1.png/x'], 'cannot write 1 images to one/1.png/x'),
+    (['--source=one', '--out=x', '--heldout=1'], 'less than the 1 pictures'),
+    (['--source=one', '--out=x', '--heldout=-1'], 'at least 0'),
+    (['--source=one', '--out=x', '--size=0'], 'at least 1'),
+    (['--source=one', '--out=x', '--size=15', '--vae=VAE'], '15'),
+    (['--source=one', '--out=x', '--vae=one'], "'one' is no folder or Hugging Face id of an AutoencoderKL"),
 ])
 def test_mistakes_end_in_a_sentence(run, workplace, vae_folder, args, sentence):
+    shutil.rmtree(workplace / 'x', ignore_errors=True)
     (workplace / 'empty').mkdir(exist_ok=True)
+    (workplace / 'empty' / 'notes.txt').write_text('no picture')
     touch(workplace, 'one/1.png')
     _, message = run('data.py', *[arg.replace('VAE', vae_folder) for arg in args], '--device=cpu')
     assert sentence in message and message.startswith('data.py: ') and '\n' not in message
-    assert not (workplace / 'x').exists() and os.listdir(workplace / 'one') == ['1.png']
+    assert not (workplace / 'x').exists() and not (workplace / 'x.parts').exists()
+    assert os.listdir(workplace / 'one') == ['1.png']
 
 
 # --- What training and sampling see -----------------------------------------------------------------------------------
@@ -516,7 +717,7 @@ def test_digits_are_the_same_bytes_every_time_and_labels_cycle(tmp_path):
     make_digits(str(tmp_path / 'y'), train=30, heldout=5)
     assert contents(tmp_path / 'x') == contents(tmp_path / 'y')
     digits = Dataset(str(tmp_path / 'x'))
-    assert digits.labels.tolist() == [i % 10 for i in range(35)] and digits.heldout.tolist() == [30, 31, 32, 33, 34]
+    assert digits.labels.tolist() == [i % 10 for i in range(35)] and digits.eval_index.tolist() == [*range(30, 35)]
     assert len({image.tobytes() for image in digits.array}) == 35
     x, y = digits.batch(np.array([4, 2]), flip=np.array([True, True]))
     assert x.shape == (2, 1, 32, 32) and y.tolist() == [4, 2]
@@ -524,15 +725,15 @@ def test_digits_are_the_same_bytes_every_time_and_labels_cycle(tmp_path):
 
 
 @pytest.mark.parametrize('vae', ('', 'a VAE'))
-def test_only_readable_images_are_counted_and_served(vae, tmp_path, capsys):
-    labels, rng = [-1, 1, 0, -2, -1, 1, 2, 0], np.random.default_rng(0)
+def test_only_readable_images_are_counted_and_served(vae, tmp_path):
+    labels, rng = [-1, 1, 0, -1, -1, 1, 2, 0], np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 4, 4, 3), np.uint8)
     latents = rng.normal(size=(8, 2, 2 * 3, 4, 4)).astype(np.float16)
-    meta = dict(size=4, count=8, heldout=2, classes=['a', 'b', 'c'], flips=2, vae=vae, scaling_factor=0.5)
+    meta = dict(size=4, channels=3, count=8, heldout=2, classes=['a', 'b', 'c'], flips=2, vae=vae, scaling_factor=0.5)
     write(tmp_path / 'x', meta, np.array(labels), **(dict(latents=latents) if vae else dict(images=images)))
     prepared = Dataset(str(tmp_path / 'x'))
-    assert 'x is not complete' in capsys.readouterr().out
-    assert prepared.rows.tolist() == [1, 2, 5, 6, 7] and prepared.n_train == 3 and prepared.heldout.tolist() == [3, 4]
+    assert prepared.rows.tolist() == [1, 2, 5, 6, 7]
+    assert prepared.n_train == 3 and prepared.eval_index.tolist() == [3, 4]
     x, y = prepared.batch(np.array([0, 4, 2, 1]), flip=np.array([False, True, False, True]))
     views = [(1, 1), (7, -1), (5, 1), (2, -1)]
     expected = [0.5 * latents[i, (1 - side) // 2, :3] if vae else images[i, :, ::side].transpose(2, 0, 1) / 127.5 - 1
@@ -550,20 +751,29 @@ def write(folder, meta, labels, **arrays):
 
 @pytest.mark.parametrize('change, sentence', [
     (dict(), ''),
-    (dict(count=5), 'x is not what its meta.json says'),
+    (dict(size=5), 'x is not what its meta.json says'),
+    (dict(channels=1), 'x is not what its meta.json says'),
     (dict(classes=['a', 'b']), 'x is not what its meta.json says'),
-    (dict(heldout=3), 'x has no images to train on yet'),
-    (dict(vae='a VAE'), 'x is not a dataset of data.py, or is damaged'),
+    (dict(classes=[]), 'x is not what its meta.json says'),
+    (dict(heldout=3), 'x is not what its meta.json says'),
+    (dict(vae='a VAE'), f'x {INCOMPLETE}'),
+    (dict(labels=[2, -1, 0]), 'x is not what its meta.json says'),
+    (dict(labels=[-1] * 4), 'x is not what its meta.json says'),
 ])
 def test_a_folder_that_is_no_whole_dataset_ends_in_a_sentence(change, sentence, tmp_path):
-    meta = dict(size=4, count=4, heldout=2, classes=['a', 'b', 'c'], flips=1, vae='') | change
-    write(tmp_path / 'x', meta, np.array([2, -1, 0, 1]), images=np.zeros((4, 4, 4, 3), np.uint8))
+    meta = dict(size=4, count=4, heldout=2, classes=['a', 'b', 'c'], flips=1, vae='', channels=3) | change
+    labels = np.array(meta.pop('labels', [2, -1, 0, 1]))
+    write(tmp_path / 'x', meta, labels, images=np.zeros((4, 4, 4, 3), np.uint8))
     if not sentence:
         assert Dataset(str(tmp_path / 'x')).n_train == 1
         return
     with pytest.raises(SystemExit, match=sentence):
         Dataset(str(tmp_path / 'x'))
-    with pytest.raises(SystemExit, match='there is no data/.*nowhere: python data.py --source=IMAGES'):
+    for key in ('size', 'heldout', 'classes', 'vae'):
+        (tmp_path / 'x' / 'meta.json').write_text(json.dumps({k: v for k, v in meta.items() if k != key}))
+        with pytest.raises(SystemExit, match=f'x {INCOMPLETE} '):
+            Dataset(str(tmp_path / 'x'))
+    with pytest.raises(SystemExit, match=f'data/.*nowhere {INCOMPLETE} '):
         Dataset(str(tmp_path / 'nowhere'))
 
 
@@ -629,6 +839,46 @@ def test_every_epoch_of_the_training_order_is_a_permutation_whatever_the_batch()
         batches = [training_order(i, min(size, 70 - i), 7, seed=3) for i in range(0, 70, size)]
         assert np.concatenate(batches).tolist() == order.tolist()
     assert training_order(0, 70, 7, seed=4).tolist() != order.tolist()
+
+
+def test_the_order_of_imagenet_is_drawn_once_an_epoch(monkeypatch):
+    """1.28 million images in batches of 256, over the end of the first epoch: two permutations, each drawn once."""
+    n, drawn, make = 1_281_167, [], np.random.default_rng
+
+    def counting(key):
+        drawn.append(key)
+        assert len(drawn) <= 2
+        return make(key)
+
+    data.permutation.cache_clear()
+    monkeypatch.setattr(np.random, 'default_rng', counting)
+    batches = [training_order(i, 256, n, seed=7) for i in range(0, n + 100 * 256, 256)]
+    assert drawn == [(7, 0), (7, 1)]
+    order = np.concatenate(batches)
+    assert (np.sort(order[:n]) == np.arange(n)).all() and len(set(order[n:])) == len(order) - n
+    data.permutation.cache_clear()      # 10 MB each
+
+
+@pytest.mark.parametrize('heldout', (0, 4))
+def test_evaluation_takes_held_out_images_or_without_any_those_of_training(heldout, tmp_path, run, monkeypatch):
+    make_pictures(tmp_path / 'source', 16, size=32)
+    run('data.py', f'--source={tmp_path / "source"}', f'--out={tmp_path / "x"}', '--size=32', f'--heldout={heldout}',
+        '--device=cpu')
+    seen, batch = {True: [], False: []}, Dataset.batch
+
+    def spy(self, index, *args):
+        evaluating = any(frame.name == 'evaluate' for frame in traceback.extract_stack())
+        seen[evaluating].extend(index.tolist())
+        return batch(self, index, *args)
+
+    monkeypatch.setattr(Dataset, 'batch', spy)
+    args = '--batch_size=8', f'--dataset={tmp_path / "x"}', f'--out_dir={tmp_path / "out"}'
+    assert run('train.py', *TINY, *args)[1] == ''
+    expected = list(range(12, 16)) if heldout else list(range(16))
+    assert sorted(seen[True]) == sorted(2 * expected)       # at iterations 3 and 6
+    assert set(seen[False]) == set(range(16 - heldout))
+    last = (tmp_path / 'out' / 'log.csv').read_text().splitlines()[-1].split(',')
+    assert all(math.isfinite(float(error)) for error in last[-2:])
 
 
 def test_training_on_latents_shares_flips_and_posterior_noise_over_micro_batches(latents, tmp_path, run, monkeypatch):

@@ -2,8 +2,6 @@
 import hashlib
 import json
 import os
-import socket
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,9 +12,8 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 import fid
-from conftest import run_in
-from data import ImageFiles, center_crop
-from test_data import started
+from conftest import finish, run_in, start_two
+from data import center_crop
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -224,13 +221,19 @@ def test_weights_are_published_only_if_they_are(place, monkeypatch, tmp_path):
     assert made_with == sha256 and len(weights) == 566 and len(fid.SHA256) == 64
     monkeypatch.setattr(fid, 'SHA256', sha256)
     assert fid.load_inception(file, 'cpu')[1] == 'published'
+    torch.save(weights | {'fc.bias': weights['fc.bias'] + 1}, tmp_path / 'other.pth')
+    other = hashlib.sha256((tmp_path / 'other.pth').read_bytes()).hexdigest()
     asked, cached = [], tmp_path / 'checkpoints' / fid.URL.split('/')[-1]
     cached.parent.mkdir()
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', lambda *a, **k: asked.append((a, k)) or weights)
-    for content, published in (((place / 'weights.pth').read_bytes(), True), (b'other', False)):    # a changed cache
-        cached.write_bytes(content)
-        assert (fid.load_inception('', 'cpu')[1] == 'published') == published
+    for file, made_with in ((place / 'weights.pth', 'published'), (tmp_path / 'other.pth', other)):
+        cached.write_bytes(file.read_bytes())       # then a changed cache: what is used is what is stated
+        loaded, stated = fid.load_inception('', 'cpu')
+        assert stated == made_with and torch.equal(loaded['fc.bias'], torch.load(file)['fc.bias'])
+    cached.write_bytes(b'damaged')
+    with pytest.raises(SystemExit, match="cannot load the Inception weights ''"):
+        fid.load_inception('', 'cpu')
     (url,), options = asked[0]
     assert url == fid.URL and options['check_hash'] and options['weights_only'] and '-6726825d.pth' in url
 
@@ -255,38 +258,39 @@ def features_are(monkeypatch):
     return features_are
 
 
-@pytest.mark.parametrize('batch_size, keep', [(64, 0), (400, 300), (70, 71)])
-def test_streaming_statistics_are_numpys(batch_size, keep, features_are):
+@pytest.mark.parametrize('batch_size', [64, 400, 1])
+def test_statistics_of_features_are_numpys(batch_size, features_are):
     deviation = np.geomspace(1e-2, 1, 2048)
     x = np.random.default_rng(0).normal(0.5, deviation, (300, 2048)).astype(np.float32)
     features_are(x)
-    statistics, features = fid.extract({}, numbered, 300, keep, batch_size, 'cpu')
+    order = np.random.default_rng(1).permutation(300)
+    features = fid.extract({}, numbered, order, batch_size, 'cpu')
+    assert features.dtype == torch.float32 and (features.numpy() == x[order]).all()
+    mu, sigma = fid.mean_and_covariance(features)
     x64 = x.astype(np.float64)
-    assert set(statistics) == {'mu', 'sigma', 'count', 'size'} and (statistics['count'], statistics['size']) == (300, 1)
-    np.testing.assert_allclose(statistics['mu'], x64.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(statistics['sigma'], np.cov(x64, rowvar=False), rtol=1e-9, atol=1e-14)
-    assert (features.numpy() == x[:keep]).all()
+    np.testing.assert_allclose(mu, x64.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x64, rowvar=False), rtol=1e-9, atol=1e-14)
+    assert mu.dtype == sigma.dtype == np.float64 and (features.numpy() == x[order]).all()      # as they were
 
 
-@pytest.mark.parametrize('world, keep', [(2, 4), (3, 7), (3, 1), (9, 5)])
-def test_the_shares_of_processes_join_in_the_order_of_images(world, keep, features_are, monkeypatch):
-    x = np.repeat(np.arange(7, dtype=np.float32)[:, None], 2048, 1)
-    features_are(x)
-    sent, received = [], []
+@pytest.mark.parametrize('world', [2, 3, 9])
+@pytest.mark.parametrize('batch_size', [1, 2, 7])
+def test_the_shares_of_processes_join_in_the_order_of_images(world, batch_size, features_are, monkeypatch):
+    """Image i has the features i + 1. Each is read by one process."""
+    features_are(np.repeat(np.arange(1, 8, dtype=np.float32)[:, None], 2048, 1))
+    sent, reads = [], []
+    read = lambda i: reads.append(i) or numbered(i)
     monkeypatch.setattr(fid.dist, 'all_reduce', lambda part: sent.append(part.clone()))
     for rank in range(world):
-        fid.extract({}, numbered, 7, keep, 2, 'cpu', rank, world)
-    parts = len(sent) // world
-    totals = [sum(sent[i::parts]) for i in range(parts)]
-
-    def add_others(part):
-        received.append(part.shape)
-        part.copy_(totals[len(received) - 1])
-    monkeypatch.setattr(fid.dist, 'all_reduce', add_others)
-    statistics, features = fid.extract({}, numbered, 7, keep, 2, 'cpu', 0, world)
-    assert len(received) == parts and features[:, 0].tolist() == list(range(keep)) and statistics['count'] == 7
-    np.testing.assert_allclose(statistics['mu'], 3, rtol=1e-12)
-    np.testing.assert_allclose(statistics['sigma'], 28 / 6, rtol=1e-12)
+        fid.extract({}, read, range(7), batch_size, 'cpu', rank, world)
+    assert len(sent) == world and sorted(reads) == list(range(7))
+    monkeypatch.setattr(fid.dist, 'all_reduce', lambda part: part.copy_(sum(sent)))
+    for rank in (0, world - 1):
+        features = fid.extract({}, read, range(7), batch_size, 'cpu', rank, world)
+        assert features.shape == (7, 2048) and (features == torch.arange(1, 8)[:, None]).all()
+    mu, sigma = fid.mean_and_covariance(features)
+    np.testing.assert_allclose(mu, 4, rtol=1e-12)
+    np.testing.assert_allclose(sigma, 28 / 6, rtol=1e-12)
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -384,7 +388,7 @@ def net():
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory, net):
-    """A folder with weights and the same pictures in every form: a/, a.zip, a.npz, dataset-a/, likewise b."""
+    """A folder with weights and the same pictures in every form: a/, a.npz, dataset-a/, likewise b."""
     folder = tmp_path_factory.mktemp('fid')
     torch.save(net.state_dict(), folder / 'weights.pth')
     a, b = pictures(5, 32, 1), pictures(7, 32, 2)
@@ -394,9 +398,6 @@ def place(tmp_path_factory, net):
             os.makedirs(folder / name / f'class{i % 2}', exist_ok=True)
             Image.fromarray(image).save(folder / name / f'class{i % 2}' / f'{i}.png')
         images = np.concatenate([images[::2], images[1::2]])        # in the order of the files
-        with zipfile.ZipFile(folder / f'{name}.zip', 'w') as archive:
-            for i in range(len(images)):
-                archive.write(folder / name / f'class{i % 2}' / f'{i}.png', f'class{i % 2}/{i}.png')
         np.savez(folder / f'{name}.npz', arr_0=images, arr_1=np.zeros(len(images)))
         np.savez_compressed(folder / f'{name}-small.npz', arr_0=images)
         with_others = np.concatenate([images[:2], images[:1] * 0, images[2:], images[:2] // 2])
@@ -404,13 +405,16 @@ def place(tmp_path_factory, net):
     return folder
 
 
-def prepare(folder, images, heldout, unreadable=None, name='images'):
+def prepare(folder, images, heldout, unreadable=None):
+    """A dataset of images (N, H, W, C) or latents (N, 1, 2C, H, W)."""
     os.makedirs(folder)
-    np.save(folder / f'{name}.npy', images)
-    N, H, W, C = images.shape
+    N, size, channels, vae = len(images), images.shape[2], images.shape[3], ''
+    if images.ndim == 5:
+        size, channels, vae = images.shape[3], images.shape[2] // 2, 'some VAE'
+    np.save(folder / ('latents.npy' if vae else 'images.npy'), images)
     np.save(folder / 'labels.npy', np.where(np.arange(N) == unreadable, -1, 0))
-    meta = dict(source='test', size=H, channels=C, count=N, heldout=heldout, flips=1, classes=[],
-                vae='' if name == 'images' else 'some VAE')
+    meta = dict(source='test', size=size, channels=channels, image_size=32, count=N, heldout=heldout, flips=1,
+                classes=[], vae=vae)
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 
@@ -440,65 +444,97 @@ def expected(place, net):
 def close(numbers, expected):
     return (numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4)
             and (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr'])
-            and (numbers['n_samples'], numbers['n_ref'], numbers['pr_samples'], numbers['k']) == (5, 7, 5, 3))
+            and (numbers['n_samples'], numbers['n_ref'], numbers['pr_samples'], numbers['pr_ref']) == (5, 7, 5, 7))
 
 
-@pytest.mark.parametrize('form', ['a', 'a.zip', 'a.npz', 'a-small.npz', 'dataset-a'])
+@pytest.mark.parametrize('form', ['a', 'a.npz', 'a-small.npz', 'dataset-a'])
 def test_every_form_of_a_set_has_the_same_pixels(form, place):
-    image, count = fid.open_images(str(place / form))
+    read, items = fid.open_images(str(place / form), 0)
     pixels = np.load(place / 'a.npz')['arr_0']
-    assert count == 5
+    assert len(items) == 5
     for i in (0, 1, 2, 3, 4, 3, 0):     # also backwards, as a second pass
-        assert image(i).dtype == np.uint8 and np.array_equal(image(i), pixels[i])
+        assert read(items[i]).dtype == np.uint8 and np.array_equal(read(items[i]), pixels[i])
 
 
-def test_a_dataset_and_a_zip_give_the_numbers_of_their_pixels(cli, expected):
-    numbers, out, message = cli('--samples=dataset-a', '--ref=b.zip')
+def test_a_dataset_and_a_folder_give_the_numbers_of_their_pixels(cli, expected, place):
+    numbers, out, message = cli('--samples=dataset-a', '--ref=b')
     assert message == '' and close(numbers, expected)
-    assert (numbers['samples'], numbers['ref'], numbers['size'], numbers['pr_ref']) == ('dataset-a', 'b.zip', 32, 7)
-    assert 'below 2,048' in out and len(numbers['inception']) == 64
-    assert set(numbers) == {'samples', 'ref', 'n_ref', 'ref_size', 'inception', 'fid', 'n_samples', 'size', 'precision',
-                            'recall', 'k', 'pr_samples', 'pr_ref'} and numbers['ref_size'] == 32
+    sha256 = hashlib.sha256((place / 'weights.pth').read_bytes()).hexdigest()
+    stated = dict(samples='dataset-a', ref='b', size=0, inception=sha256)
+    assert {key: numbers[key] for key in stated} == stated and 'below 2,048' in out
+    assert set(numbers) == {'samples', 'ref', 'n_ref', 'size', 'inception', 'fid', 'n_samples', 'precision', 'recall',
+                            'pr_samples', 'pr_ref'}
 
 
 def test_statistics_are_kept_and_compared(cli, expected, place):
     numbers, out, message = cli('--ref=b', '--save_stats=b-stats.npz')
     assert message == '' and numbers['n_ref'] == 7 and 'fid' not in numbers
     with np.load(place / 'b-stats.npz') as f:
+        assert f['inception'] == numbers['inception'] and len(numbers['inception']) == 64
         np.testing.assert_allclose(f['mu'], expected['mu'], rtol=1e-4, atol=1e-7 * expected['mu'].max())
         np.testing.assert_allclose(f['sigma'], expected['sigma'], rtol=1e-2, atol=1e-5 * expected['sigma'].max())
-        assert (f['count'], f['size'], f['source']) == (7, 32, 'b')
+        assert f['count'] == 7 and f['mu'].dtype == f['sigma'].dtype == np.float64
     numbers, out, message = cli('--samples=a', '--ref=b-stats.npz')
     assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4) and numbers['n_ref'] == 7
-    assert 'precision' not in numbers and len(numbers['inception']) == 64
+    assert 'precision' not in numbers and 'pr_samples' not in numbers
 
 
-def test_adms_statistics_bring_images_for_precision_and_recall(cli, expected, place):
+def test_adms_statistics_are_statistics(cli, expected, place):
+    """Their sample images are not used. Their count is not stated, nor made up where they are kept as one's own."""
     images = np.load(place / 'b.npz')['arr_0']
     np.savez(place / 'adm.npz', mu=expected['mu'], sigma=expected['sigma'], mu_s=0, arr_0=images)
     numbers, out, message = cli('--samples=a', '--ref=adm.npz', '--pr_samples=4')
-    assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4) and numbers['n_ref'] is None
-    assert (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr4']) and numbers['pr_samples'] == 4
-    # kept as a file of one's own, which does not state what ADM's does not
+    assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4) and numbers['n_ref'] == 0
+    assert not {'precision', 'recall', 'pr_samples', 'pr_ref'} & set(numbers)
     assert cli('--ref=adm.npz', '--save_stats=adm-again.npz')[2] == ''
     again, _, message = cli('--samples=a', '--ref=adm-again.npz')
-    assert message == '' and again['fid'] == pytest.approx(numbers['fid'], rel=1e-9) and again['n_ref'] is None
+    assert message == '' and again['fid'] == pytest.approx(numbers['fid'], rel=1e-9) and again['n_ref'] == 0
 
 
-def test_two_processes_equal_one(place, expected, monkeypatch):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    args = ['--samples=a', '--ref=b.npz', '--inception=weights.pth', '--device=cpu', '--batch_size=2', '--pr_samples=4']
-    monkeypatch.chdir(place)
-    processes = [started(args, f'printed{rank}', 'fid.py', WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank),
-                         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) for rank in range(2)]
-    for process in processes:
-        process.join(60)
-        process.kill()
-    printed = [(place / f'printed{rank}').read_text() for rank in range(2)]
-    assert [process.exitcode for process in processes] == [0, 0] and '{' not in printed[1], printed
-    numbers = json.loads(printed[0].splitlines()[-1])
+def test_the_distance_is_printed_before_statistics_are_written(place, cli, expected, capsys):
+    """So it is not lost where the disk is full; here a folder has the file's name."""
+    os.makedirs(place / 'taken.npz')
+    with pytest.raises(IsADirectoryError):
+        cli('--samples=a', '--ref=b', '--save_stats=taken.npz')
+    assert close(json.loads(capsys.readouterr().out.splitlines()[-1]), expected)
+
+
+def test_an_output_folder_that_is_not_there_is_said_before_the_work(cli, place):
+    """And before any file is opened: there is no other."""
+    message = cli('--samples=none', '--ref=none.npz', '--save_stats=nowhere/x.npz', weights='none.pth')[2]
+    assert "no folder 'nowhere' for nowhere/x.npz" in message and '\n' not in message
+    message = cli('--samples=none', '--ref=none.npz', '--save_stats=weights.pth/x.npz', weights='none.pth')[2]
+    assert "no folder 'weights.pth'" in message
+    os.makedirs(place / 'somewhere')
+    assert cli('--ref=b', '--save_stats=somewhere/x.npz')[2] == '' and (place / 'somewhere' / 'x.npz').exists()
+
+
+@pytest.mark.filterwarnings('ignore:invalid value')     # of inf - inf
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_statistics_that_are_not_finite_are_refused_and_not_written(value, cli, place, net):
+    """They may come from weights, or from a file."""
+    weights = {name: w.clone() for name, w in net.state_dict().items()}
+    weights['Mixed_7c.branch1x1.bn.bias'][3] = abs(value)       # a negative one would become 0
+    torch.save(weights, place / 'broken.pth')
+    for args in (('--ref=b', '--save_stats=broken.npz'), ('--samples=a', '--ref=b', '--save_stats=broken.npz')):
+        message = cli(*args, weights='broken.pth')[2]
+        assert 'not finite' in message and '\n' not in message and not (place / 'broken.npz').exists()
+    mu, sigma = np.zeros(2048), np.eye(2048)
+    mu[7] = sigma[5, 9] = value
+    for arrays in (dict(mu=mu, sigma=np.eye(2048)), dict(mu=np.zeros(2048), sigma=sigma), dict(mu=mu, sigma=-sigma)):
+        np.savez(place / 'unbounded.npz', **arrays)
+        for args in (('--samples=a',), ('--save_stats=broken.npz',)):
+            message = cli('--ref=unbounded.npz', *args)[2]
+            assert "'unbounded.npz'" in message and 'finite' in message and '\n' not in message
+            assert not (place / 'broken.npz').exists()
+
+
+def test_two_processes_equal_one(place, expected):
+    printed = finish(*start_two(place, 'fid.py', '--samples=a', '--ref=b.npz', '--inception=weights.pth',
+                                '--device=cpu', '--batch_size=2', '--pr_samples=4'))
+    [line] = [line for line in printed.splitlines() if line.startswith('{')]       # one of them speaks
+    assert printed.count('5 pictures') == 1
+    numbers = json.loads(line)
     assert numbers['fid'] == pytest.approx(expected['fid'], rel=1e-4)
     assert (numbers['precision'], numbers['recall']) == pytest.approx(expected['pr4'])      # of the first 4, in order
     assert (numbers['n_samples'], numbers['n_ref'], numbers['pr_samples'], numbers['pr_ref']) == (5, 7, 4, 4)
@@ -508,22 +544,29 @@ def test_folders_are_cropped_to_size_and_greys_are_rgb(place, monkeypatch):
     os.makedirs(place / 'mixed')
     for i, grey in enumerate(pictures(4, 64, 5)[..., 0]):
         Image.fromarray(grey[:64 - 8 * i]).save(place / 'mixed' / f'{i}.png')
-    cropped = np.stack([center_crop(ImageFiles(str(place / 'mixed')).read(i), 32) for i in range(4)])
+    cropped = np.stack([center_crop(Image.open(place / 'mixed' / f'{i}.png').convert('RGB'), 32) for i in range(4)])
     np.savez(place / 'cropped.npz', arr_0=cropped[..., :1])
     seen = []
     monkeypatch.setattr(fid, 'inception_features', lambda weights, images: seen.append(images) or torch.zeros(4, 2048))
     for path, size in (('mixed', 32), ('cropped.npz', 0)):
-        image, count = fid.open_images(str(place / path), size)
-        assert fid.extract({}, image, count, 0, 4, 'cpu')[0]['size'] == 32 and np.array_equal(seen.pop(), cropped)
-    image, count = fid.open_images(str(place / 'mixed'))
-    assert [image(i).shape for i in range(count)] == [(64, 64, 3), (56, 64, 3), (48, 64, 3), (40, 64, 3)]
+        read, items = fid.open_images(str(place / path), size)
+        fid.extract({}, read, items, 4, 'cpu')
+        assert np.array_equal(seen.pop(), cropped)
+    read, items = fid.open_images(str(place / 'mixed'), 0)
+    assert [read(item).shape for item in items] == [(64, 64, 3), (56, 64, 3), (48, 64, 3), (40, 64, 3)]
 
 
-def test_only_folders_and_zips_are_resized(cli, place):
-    numbers, out, message = cli('--samples=a', '--ref=b.zip', '--size=16', '--pr_samples=0')
-    assert (numbers['size'], numbers['ref_size']) == (16, 16) and 'pr_ref' not in numbers
-    image, count = fid.open_images(str(place / 'a.npz'), 16)
-    assert image(0).shape == (32, 32, 3)
+def test_only_folders_are_resized(cli, place, net):
+    numbers, out, message = cli('--samples=a.npz', '--ref=b', '--size=16', '--pr_samples=0')
+    assert numbers['size'] == 16 and 'pr_ref' not in numbers
+    small = [center_crop(Image.fromarray(image), 16) for image in np.load(place / 'b.npz')['arr_0']]
+    a, b = (net(images).double().numpy() for images in (np.load(place / 'a.npz')['arr_0'], np.stack(small)))
+    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))      # as in `expected`
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum()
+    assert numbers['fid'] == pytest.approx(distance - 2 * np.linalg.norm(A @ B.T, 'nuc'), rel=1e-4)
+    for form in ('a.npz', 'dataset-a'):
+        read, items = fid.open_images(str(place / form), 16)
+        assert read(items[0]).shape == (32, 32, 3)
 
 
 def test_bad_input_is_one_sentence(cli, place, monkeypatch):
@@ -535,7 +578,11 @@ def test_bad_input_is_one_sentence(cli, place, monkeypatch):
     os.makedirs(place / 'sizes')
     for i in range(3):
         Image.fromarray(pictures(1, 32)[0][i:]).save(place / 'sizes' / f'{i}.png')
-    prepare(place / 'latents', np.zeros((4, 8, 8, 8), np.uint8), 0, name='latents')
+    prepare(place / 'latents', np.zeros((4, 1, 8, 8, 8), np.float16), 0)
+    os.makedirs(place / 'alone')
+    Image.fromarray(pictures(1, 32)[0]).save(place / 'alone' / 'a.png')
+    np.savez(place / 'alone.npz', arr_0=pictures(1, 32))
+    prepare(place / 'dataset-alone', pictures(4, 32), 3)
     np.savez(place / 'four.npz', arr_0=np.zeros((5, 8, 8, 4), np.uint8))
     np.savez(place / 'flat.npz', arr_0=np.zeros((5, 8, 8), np.uint8))
     np.savez(place / 'float.npz', arr_0=np.zeros((5, 8, 8, 3)))
@@ -546,33 +593,34 @@ def test_bad_input_is_one_sentence(cli, place, monkeypatch):
     np.savez(place / 'sigmaless.npz', mu=np.zeros(2048))
     np.savez(place / 'tiny-stats.npz', mu=np.zeros(64), sigma=np.eye(64))
     (place / 'cut.npz').write_bytes((place / 'a.npz').read_bytes()[:9000])
-    (place / 'cut.zip').write_bytes((place / 'a.zip').read_bytes()[:900])
+    (place / 'a.zip').write_bytes((place / 'a.npz').read_bytes())
     (place / 'cut.pth').write_bytes((place / 'weights.pth').read_bytes()[:10 ** 6])
     torch.save({'fc.weight': torch.zeros(1)}, place / 'other.pth')
-    np.savez(place / 'other-stats.npz', mu=np.zeros(2048), sigma=sigma, inception='published')
     monkeypatch.setenv('TORCH_HOME', str(place / 'nowhere'))
     monkeypatch.setattr(torch.hub, 'urlopen', lambda *a, **k: (_ for _ in ()).throw(OSError('no network')))
     for args, words in (
             (('--samples=a',), 'give --ref=B'),
             (('--ref=b',), '--samples=A'),
-            (('--samples=nothing', '--ref=b'), "'nothing' is neither"),
-            (('--samples=a', '--ref=nothing.npz'), "'nothing.npz' cannot be read"),
-            (('--samples=a', '--ref=empty'), "no images in 'empty'"),
-            (('--samples=a', '--ref=latents'), "'latents' is a dataset of latents"),
+            (('--samples=nothing', '--ref=b'), "'nothing' is not a folder"),
+            (('--samples=a', '--ref=nothing.npz'), "'nothing.npz' has no images"),
+            (('--samples=a', '--ref=empty'), "no pictures in 'empty'"),
+            (('--samples=a', '--ref=latents'), "'latents' is of latents"),
+            (('--samples=alone', '--ref=b'), "'alone' must have 2 images or more"),
+            (('--samples=alone.npz', '--ref=b'), "'alone.npz' must have 2 images or more"),
+            (('--samples=a', '--ref=dataset-alone'), "'dataset-alone' must have 2 images or more"),
             (('--samples=float.npz', '--ref=b'), "'float.npz' has images of float64"),
-            (('--samples=pickled.npz', '--ref=b'), "'pickled.npz' cannot be read"),
+            (('--samples=pickled.npz', '--ref=b'), "'pickled.npz' has no images"),
             (('--samples=a', '--ref=pickled-stats.npz'), 'allow_pickle=False'),
             (('--samples=keyless.npz', '--ref=b'), 'arr_0'),
             (('--samples=a', '--ref=keyless.npz'), 'arr_0'),
-            (('--samples=a', '--ref=sigmaless.npz'), "'sigmaless.npz' cannot be read"),
+            (('--samples=a', '--ref=sigmaless.npz'), "'sigmaless.npz' has no images"),
             (('--samples=a', '--ref=tiny-stats.npz'), '2048'),
-            (('--samples=cut.npz', '--ref=b'), "'cut.npz' cannot be read"),
-            (('--samples=cut.zip', '--ref=b'), "'cut.zip'"),
-            (('--samples=a', '--ref=sizes'), 'differ in size'),
-            (('--samples=a', '--ref=four.npz'), 'neither grey nor RGB'),
-            (('--samples=a', '--ref=flat.npz'), 'neither grey nor RGB'),
-            (('--samples=a', '--ref=damaged'), '1.png: '),
-            (('--samples=a', '--ref=other-stats.npz'), 'other Inception weights')):
+            (('--samples=cut.npz', '--ref=b'), "'cut.npz' has no images"),
+            (('--samples=a.zip', '--ref=b'), "'a.zip' is not a folder"),
+            (('--samples=a', '--ref=sizes'), 'of one size'),
+            (('--samples=a', '--ref=four.npz'), 'grey or RGB'),
+            (('--samples=a', '--ref=flat.npz'), 'grey or RGB'),
+            (('--samples=a', '--ref=damaged'), '1.png')):
         message = cli(*args)[2]
         assert words in message and '\n' not in message and message.startswith('fid.py: '), (args, message)
     for weights, words in (('cut.pth', 'RuntimeError'), ('other.pth', 'Conv2d_1a_3x3'), ('none.pth', 'No such'),

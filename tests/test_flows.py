@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import baselines
 import model as lapflow
 import sample
-from model import LapFlowConfig, laplacian_pyramid, multiscale_loss, noisy_state, reconstruct, up
+from model import LapFlowConfig, down, laplacian_pyramid, multiscale_loss, reconstruct, state_and_velocity, up
 from test_model import small
 
 FLOWS = ('lapflow', 'pyramidal', 'edify')
@@ -23,7 +23,7 @@ def config_of(flow, T, size=16, channels=2, **changes):
 
 
 def functions(config):
-    """The module with `states_and_targets`, `stage_times` and `hand_over` of a config's flow."""
+    """The module with `states_and_velocities`, `stage_times` and `hand_over` of a config's flow."""
     return baselines if isinstance(config, baselines.FlowConfig) else lapflow
 
 
@@ -37,10 +37,22 @@ def generate(monkeypatch):
 
 
 def one_stage(x1, x0, t, s, config):
-    """States and targets of the scales that stage s trains, for images that are all in stage s."""
-    counts = [len(x1) if k >= s else 0 for k in range(config.K)]
-    states, targets = functions(config).states_and_targets(x1, x0, t, counts, config)
-    return [x for x in states if len(x)], [u for u in targets if len(u)]
+    """States and velocities of the scales that stage s trains, for images that are all in stage s."""
+    stage = torch.full((len(x1),), s)
+    return functions(config).states_and_velocities(x1, x0, t, stage, config)
+
+
+def active(s, config):
+    """The scales of stage s, finest first."""
+    return [s] if isinstance(config, baselines.FlowConfig) else list(range(s, config.K))
+
+
+def segments(calls, config):
+    """The calls of each segment, (states, t), {s: calls} in the order of sampling; there must be no others."""
+    found = {s: [call for call in calls if list(call[0]) == active(s, config)] for s in reversed(range(config.K))}
+    flat = [call for segment in found.values() for call in segment]
+    assert len(flat) == len(calls) and all(a is b for a, b in zip(flat, calls)) and all(found.values())
+    return found
 
 
 @pytest.mark.parametrize('k', (0, 1, 2))
@@ -52,8 +64,8 @@ def test_pyramidal_states_are_algorithm_3(k):
     x_s = s * up(down_by(x1, 2 ** (k + 1))) + (1 - s) * noise                                       # line 10
     x_e = e * down_by(x1, 2 ** k) + (1 - e) * noise                                                 # line 11
     a, b = ((e - t) / (e - s)).view(-1, 1, 1, 1), ((t - s) / (e - s)).view(-1, 1, 1, 1)
-    (state,), (target,) = one_stage(x1, x0, t, k, config_of('pyramidal', T))
-    torch.testing.assert_close((state, target), (a * x_s + b * x_e, (x_e - x_s) / (e - s)))         # lines 12, 13
+    expected = {k: a * x_s + b * x_e}, {k: (x_e - x_s) / (e - s)}                                   # lines 12, 13
+    torch.testing.assert_close(one_stage(x1, x0, t, k, config_of('pyramidal', T)), expected)
 
 
 @pytest.mark.parametrize('k', (0, 1, 2))
@@ -72,11 +84,11 @@ def test_edify_states_are_equation_14_and_their_derivative(k):
             mu = mu + part
         return (1 - t).view(-1, 1, 1, 1) * down_by(x0, 2 ** k) + mu
     expected, derivative = torch.func.jvp(equation_14, (t,), (torch.ones_like(t),))                 # Eq. (15)
-    (state,), (target,) = one_stage(x1, x0, t, k, config_of('edify', T))
-    torch.testing.assert_close((state, target), (expected, derivative))
+    states, velocities = one_stage(x1, x0, t, k, config_of('edify', T))
+    torch.testing.assert_close((states, velocities), ({k: expected}, {k: derivative}))
     noise = laplacian_pyramid(x0, 3)    # and it is the reconstruction of LapFlow's pyramid
-    scales = [noisy_state(pyramid[j], noise[j], t, starts[j]) for j in range(k, 3)]
-    torch.testing.assert_close(state, reconstruct(scales))
+    scales = [state_and_velocity(pyramid[j], noise[j], t, starts[j])[0] for j in range(k, 3)]
+    torch.testing.assert_close(states[k], reconstruct(scales))
 
 
 def test_stage_times_of_the_baselines():
@@ -87,40 +99,45 @@ def test_stage_times_of_the_baselines():
 
 
 class Guide:
-    """Stands in for a network that knows each image's data and noise: its velocity is the training target."""
+    """
+    Stands in for a network that knows each image's data and noise: its velocity is the training target. Writes down the
+    states and times with which it is called.
+    """
 
     def __init__(self, config, x1, x0):
-        self.config, self.x1, self.x0 = config, x1, x0
+        self.config, self.x1, self.x0, self.calls = config, x1, x0, []
 
     def __call__(self, x_t, t, y=None):
-        active = [k for k, x in enumerate(x_t) if x is not None]
-        _, targets = one_stage(self.x1, self.x0, t.double(), active[0], self.config)
-        return [targets[active.index(k)] if k in active else None for k in range(self.config.K)]
+        self.calls.append(({k: x.clone() for k, x in x_t.items()}, t))
+        return one_stage(self.x1, self.x0, t.double(), min(x_t), self.config)[1]
 
 
 @pytest.mark.parametrize('flow', FLOWS)
 @pytest.mark.parametrize('K', (1, 2, 3, 4))
 def test_the_true_velocity_leads_through_every_training_state_to_the_data(flow, K, generate):
     """
-    With the same noise in training and sampling the sampler walks through the training states, hand-overs included.
+    With the same noise in training and sampling the sampler walks through the training states, hand-overs included:
+    with Euler's method every state that the network is asked about is one of them.
     """
     config = config_of(flow, TIMES[K])
     x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    frames, times = [], (1.0, *TIMES[K], 0.0)
-    x, _ = generate(Guide(config, x1, x0), x0, method='euler', steps=20, frames=frames)
+    guide, times = Guide(config, x1, x0), (1.0, *TIMES[K], 0.0)
+    x, _ = generate(guide, x0, method='euler', steps=20)
     torch.testing.assert_close(x, x1, atol=1e-6, rtol=0)
-    for i, (t, state) in enumerate(frames):
-        s = K - 1 - i // 6      # six frames a segment
-        t = torch.tensor([t] * 3).double().clamp(times[s + 1], times[s])
-        expected, _ = one_stage(x1, x0, t, s, config)
-        torch.testing.assert_close([x for x in state if x is not None], expected, atol=1e-6, rtol=0)
+    assert len(guide.calls) == 20
+    for s, segment in segments(guide.calls, config).items():
+        assert segment[0][1].tolist() == pytest.approx([times[s + 1]] * 3, abs=1e-7)
+        for state, t in segment:
+            expected, _ = one_stage(x1, x0, t.double().clamp(times[s + 1], times[s]), s, config)
+            torch.testing.assert_close(state, expected, atol=1e-6, rtol=0)
 
 
 class Gaussian:
     """
     The best possible network for data N(0, Sigma): states and targets are linear in (x1, x0), so that E[u | x_t] =
-    Cov(u, x_t) Cov(x_t)^+ x_t with covariances found by pushing unit vectors through `states_and_targets`. Under the
-    causal mask a scale's x_t are the states of the scales that it sees; else (mask 'none') they are all.
+    Cov(u, x_t) Cov(x_t)^+ x_t with covariances found by pushing unit vectors through `states_and_velocities`. Under the
+    causal mask a scale's x_t are the states of the scales that it sees; else (mask 'none') they are all. Writes down
+    the states and times with which it is called.
     """
 
     def __init__(self, config, root):
@@ -129,19 +146,22 @@ class Gaussian:
         zero = torch.zeros(n, 1, config.size, config.size).double()
         self.x1 = torch.cat([root.T.reshape_as(unit), zero])    # rows: the factors of data, then those of noise
         self.x0 = torch.cat([zero, unit])
+        self.calls = []
 
     def factors(self, t, s):
-        """For each scale >= s matrices M, U with x_t = M^T z and u = U^T z for one z ~ N(0, I)."""
+        """For each scale of stage s matrices M, U with x_t = M^T z and u = U^T z for one z ~ N(0, I)."""
         times = torch.full((len(self.x1),), t, dtype=torch.float64)
-        return [[x.flatten(1) for x in part] for part in one_stage(self.x1, self.x0, times, s, self.config)]
+        return [{k: x.flatten(1) for k, x in part.items()}
+                for part in one_stage(self.x1, self.x0, times, s, self.config)]
 
     def __call__(self, x_t, t, y=None):
-        active, v = [k for k, x in enumerate(x_t) if x is not None], [None] * self.config.K
-        states, targets = self.factors(t[0].item(), active[0])
-        for i, (k, U) in enumerate(zip(active, targets)):
-            seen = slice(i if self.config.mask == 'causal' else 0, None)
-            M = torch.cat(states[seen], 1)
-            x = torch.cat([x_t[j].flatten(1) for j in active[seen]], 1)
+        self.calls.append(({k: x.clone() for k, x in x_t.items()}, t))
+        states, targets = self.factors(t[0].item(), min(x_t))
+        v = {}
+        for k, U in targets.items():
+            seen = [j for j in x_t if j >= k or self.config.mask != 'causal']
+            M = torch.cat([states[j] for j in seen], 1)
+            x = torch.cat([x_t[j].flatten(1) for j in seen], 1)
             v[k] = (x @ torch.linalg.pinv(M.T @ M, rtol=1e-10, hermitian=True) @ (M.T @ U)).view_as(x_t[k])
         return v
 
@@ -159,17 +179,27 @@ def gaussian_images(config):
 @pytest.mark.parametrize('flow', FLOWS)
 @pytest.mark.parametrize('T', ((0.5,), (0.6, 0.3)))
 def test_samples_and_every_handover_have_the_training_covariance(flow, T, generate):
-    """The sampler is linear in its noise here: unit vectors of noise show the exact covariance of what it draws."""
+    """
+    The sampler is linear in its noise here: unit vectors of noise show the exact covariance of what it draws, and of
+    its states where a segment starts, at every step, and where it ends: there LapFlow's are the coarser scales' in the
+    next segment, the baselines' what the next one is renoised from, and the image's at last.
+    """
     config = config_of(flow, T, size=8, channels=1, mask='none')
     gaussian, unit, covariance = gaussian_images(config)
-    frames = []
-    x, _ = generate(gaussian, unit, method='rk4', steps=60, frames=frames)
+    x, _ = generate(gaussian, unit, method='rk4', steps=60)
     torch.testing.assert_close(x.flatten(1).T @ x.flatten(1), covariance, atol=5e-3, rtol=0)
-    for s in reversed(range(config.K)):
-        for i in (0, 5):        # the first and last frame of the segment
-            t, state = frames[6 * (config.K - 1 - s) + i]
-            drawn = torch.cat([x.flatten(1) for x in state if x is not None], 1)
-            M = torch.cat(gaussian.factors(t, s)[0], 1)
+    calls = segments(gaussian.calls, config)
+    for s in range(config.K):
+        steps = [(state, t[0].item()) for state, t in calls[s][::4]]    # rk4's first call of a step is at its start
+        assert steps[0][1] == pytest.approx(config.times[s + 1], abs=1e-7)
+        if flow == 'lapflow':
+            after = calls[s - 1][0][0] if s else dict(enumerate(laplacian_pyramid(x, config.K)))
+            end = {k: after[k] for k in active(s, config)}
+        else:
+            end = {s: down(calls[s - 1][0][0][s - 1]) if s else x}
+        for state, t in (*steps, (end, config.times[s])):
+            drawn = torch.cat([x_k.flatten(1) for x_k in state.values()], 1)
+            M = torch.cat([*gaussian.factors(t, s)[0].values()], 1)
             torch.testing.assert_close(drawn.T @ drawn, M.T @ M, atol=5e-3, rtol=0)
 
 
@@ -201,32 +231,37 @@ def test_renoising_has_the_covariance_of_appendix_F2(k):
     torch.testing.assert_close(patches.T @ patches, torch.block_diag(*[block] * (side // 2) ** 2))
 
 
+@pytest.mark.parametrize('stages', ((0, 0, 0, 1, 1, 2), (1, 1, 1, 1, 2, 2), (0, 0, 0, 0, 2, 2)))
 @pytest.mark.parametrize('flow', ('pyramidal', 'edify'))
-def test_one_forward_of_packed_stages_equals_stage_by_stage(flow):
-    """Every image passes through the network alone, at its own scale, with its own time and label."""
+def test_one_forward_of_packed_stages_equals_stage_by_stage(flow, stages):
+    """
+    Every image passes through the network alone, at its own scale, with its own time and label; a stage may be empty.
+    """
     model = small(network=baselines.OneScale, config=baselines.FlowConfig, flow=flow,
                   shared='qkv,proj,ffn,mod' if flow == 'pyramidal' else '')
     config, B = model.config, 6
     x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
-    stage, y = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 4, 0, 3, 5, 2])
+    stage, y = torch.tensor(stages), torch.tensor([1, 4, 0, 3, 5, 2])
     t = baselines.stage_times(stage, torch.rand(B, dtype=torch.float64), config)
-    x_t, u = baselines.states_and_targets(x1, x0, t, (3, 5, 6), config)
-    assert [len(x) for x in x_t] == [3, 2, 1]
+    x_t, u = baselines.states_and_velocities(x1, x0, t, stage, config)
+    assert {k: len(x) for k, x in x_t.items()} == {k: stages.count(k) for k in sorted({*stages})}
     loss, _ = multiscale_loss(model(x_t, t, y), u, (1.0, 2.0, 3.0), B)
     plain_network = small(**{name: getattr(config, name) for name in LapFlowConfig.__dataclass_fields__})
     plain_network.load_state_dict(model.state_dict())
     expected = 0
-    for i in range(B):
-        s = int(stage[i])
-        (state,), (target,) = one_stage(x1[i:i + 1], x0[i:i + 1], t[i:i + 1], s, config)
-        output = plain_network([state if k == s else None for k in range(3)], t[i:i + 1], y[i:i + 1])[s]
-        expected += (1, 2, 3)[s] * ((output - target) ** 2).mean() / B
+    for i, s in enumerate(stages):
+        states, velocities = one_stage(x1[i:i + 1], x0[i:i + 1], t[i:i + 1], s, config)
+        output = plain_network(states, t[i:i + 1], y[i:i + 1])[s]
+        expected += (1, 2, 3)[s] * ((output - velocities[s]) ** 2).mean() / B
     torch.testing.assert_close(loss, expected)
-    for ours, plain in zip(*(torch.autograd.grad(value, list(network.parameters()))
+    for ours, plain in zip(*(torch.autograd.grad(value, list(network.parameters()), allow_unused=True)
                              for value, network in ((loss, model), (expected, plain_network)))):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
-    for v, v_null in zip(model(x_t, t), model(x_t, t, torch.full_like(y, config.n_classes))):
-        assert torch.equal(v, v_null)
+        if plain is None:       # of a scale that no image has
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * plain.abs().max().item())
+    of_none, of_null = model(x_t, t), model(x_t, t, torch.full_like(y, config.n_classes))
+    assert list(of_none) == list(of_null) == list(x_t) and all(torch.equal(of_none[k], of_null[k]) for k in x_t)
 
 
 @pytest.mark.parametrize('changes, word', ((dict(flow='pyramidal', path='gvp'), 'straight'), (dict(flow='x'), 'edify'),

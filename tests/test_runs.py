@@ -4,6 +4,7 @@ The paper's configs end to end at reduced width and grid: images, a VAE's latent
 import gzip
 import json
 import os
+import re
 import runpy
 import shutil
 import struct
@@ -15,9 +16,10 @@ from PIL import Image
 
 from conftest import ROOT, finish, run_in, start_two
 from data import Dataset
+from test_train import same
 
-SMALL = ('--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--epochs=0', '--max_iters=3', '--eval_interval=3',
-         '--log_interval=1', '--sample_images=2', '--eval_images=8', '--method=midpoint', '--steps=6', '--device=cpu',
+SMALL = ('--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=3', '--eval_interval=3', '--log_interval=1',
+         '--sample_images=2', '--eval_images=8', '--method=midpoint', '--steps=6', '--device=cpu',
          '--compile=False')
 LATENT = ('train.py', 'config/celebahq256.py', *SMALL, '--dataset=x', '--dtype=float32')
 
@@ -35,17 +37,21 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def latents(pictures, vae_folder, tmp_path_factory):
-    """A folder with a dataset, x, of latents of 32 x 32 pictures."""
+    """A folder with two datasets of latents of 32 x 32 pictures, x without classes and xy with two."""
     folder = tmp_path_factory.mktemp('latents')
-    args = f'--source={pictures}', '--out=data/x', '--size=32', f'--vae={vae_folder}', '--device=cpu'
-    assert run_in(folder, 'data.py', *args) == ''
+    (folder / 'plain').mkdir()
+    for file in sorted(pictures.rglob('*.jpg')):
+        (folder / 'plain' / file.name).symlink_to(file)
+    for source, out in (('plain', 'x'), (pictures, 'xy')):
+        args = f'--source={source}', f'--out=data/{out}', '--size=32', f'--vae={vae_folder}', '--device=cpu'
+        assert run_in(folder, 'data.py', *args) == ''
     return folder
 
 
 @pytest.mark.parametrize('config', ('celebahq256', 'celebahq512', 'celebahq1024', 'imagenet256_b2', 'imagenet256_xl2'))
 def test_every_config_prepares_trains_and_samples(config, latents, run, tmp_path):
-    T = runpy.run_path(f'{ROOT}/config/{config}.py')['T']
-    printed, message = run('train.py', f'config/{config}.py', *SMALL, f'--dataset={latents}/data/x',
+    T, of_classes = runpy.run_path(f'{ROOT}/config/{config}.py')['T'], config.startswith('imagenet')
+    printed, message = run('train.py', f'config/{config}.py', *SMALL, f'--dataset={latents}/data/x{"y" * of_classes}',
                            f'--out_dir={tmp_path}')
     assert message == '' and f'{len(T) + 1} scales of 16' in printed
     assert Image.open(tmp_path / 'samples.png').size == (10 * 32, 32)
@@ -54,8 +60,8 @@ def test_every_config_prepares_trains_and_samples(config, latents, run, tmp_path
     sizes = {Image.open(tmp_path / 'png' / f'00000{i}.png').size for i in range(2)}
     assert sizes == {(32, 32)} and Image.open(tmp_path / 'png' / '000000.png').mode == 'RGB'
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert (checkpoint['ema'] is not None) == config.startswith('imagenet')
-    assert checkpoint['model_args']['n_classes'] == (1000 if config.startswith('imagenet') else 0)
+    assert (checkpoint['ema'] is not None) == of_classes
+    assert checkpoint['model_args']['n_classes'] == 2 * of_classes
     assert (checkpoint['model_args']['size'], checkpoint['model_args']['channels']) == (16, 4)
 
 
@@ -76,7 +82,8 @@ def test_fashion_mnist_from_its_four_files_to_a_picture(tmp_path, monkeypatch):
         message = run_in(tmp_path, 'tests/fashion.py')
         assert message == '' if content is None else 'four files' in message and '\n' not in message
     data = Dataset('fashion')
-    assert (data.n_train, len(data.heldout), data.labels.tolist()) == (60_000, 10_000, labels.tolist())
+    assert data.n_train == 60_000 and data.eval_index.tolist() == list(range(60_000, 70_000))
+    assert data.labels.tolist() == labels.tolist()
     assert data.array.shape == (70_000, 32, 32, 1) and data.array.sum(dtype=int) == images.sum(dtype=int)
     assert (data.array[:, 2:30, 2:30, 0] == images).all()
     small = '--width=32', '--depth=1', '--heads=2', '--max_iters=1', '--sample_images=10', '--eval_images=8'
@@ -126,29 +133,75 @@ def test_samples_are_decoded_by_the_checkpoints_own_vae(latent_run, vae_folder, 
     assert drawn.shape == (3, 32, 32, 3) and np.abs(drawn - images).max() <= 1
 
 
-def test_a_folder_of_samples_goes_on_where_it_stopped(latent_run, run):
-    ckpt, out = latent_run / 'copy.pt', latent_run / 'more'
-    shutil.copy(latent_run / 'out' / 'ckpt.pt', ckpt)
-    args = ['--ckpt', str(ckpt), f'--out={out}/', '--device=cpu', '--num_samples=5']
-    run('sample.py', *args)
-    whole = {file.name: file.read_bytes() for file in out.glob('*.png')}
-    assert sorted(whole) == [f'00000{i}.png' for i in range(5)]
-    (out / '000001.png').unlink()
-    (out / '000004.png').unlink()
-    kept = (out / '000000.png').stat().st_mtime_ns
-    printed, message = run('sample.py', *args)
-    assert message == '' and (out / '000000.png').stat().st_mtime_ns == kept
-    read = lambda: {file.name: file.read_bytes() for file in out.glob('*.png')}
-    assert read() == whole
-    printed, message = run('sample.py', *args)
-    assert message == '' and 'NFE 0.0' in printed and read() == whole       # all were there
-    for other in ('--num_samples=6', '--num_samples=4', '--seed=1', '--steps=8'):
-        _, message = run('sample.py', *args, other)
-        assert 'other settings' in message and other[2:other.index('=')] in message
-    checkpoint = torch.load(ckpt, weights_only=True)        # as if trained again, as long, to another end
-    torch.save(checkpoint | dict(log=[row + '1' for row in checkpoint['log']]), ckpt)
-    assert 'other settings' in run('sample.py', *args)[1]
-    assert read() == whole
+def test_a_folder_of_samples_has_the_pictures_of_an_array_and_is_not_drawn_into_again(latent_run, run):
+    args = ['--ckpt', str(latent_run / 'out' / 'ckpt.pt'), '--device=cpu', '--num_samples=5']
+    out, before = latent_run / 'more', set(os.listdir(latent_run))
+    printed, message = run('sample.py', *args, f'--out={out}/')
+    assert message == '' and '5 samples, midpoint, NFE' in printed
+    assert run('sample.py', *args, f'--out={latent_run}/more.npz', '--batch_size=5')[1] == ''
+    images = np.load(latent_run / 'more.npz')['arr_0']
+    assert sorted(os.listdir(out)) == [f'00000{i}.png' for i in range(5)]
+    assert all((np.asarray(Image.open(out / f'00000{i}.png')) == images[i]).all() for i in range(5))
+    assert set(os.listdir(latent_run)) - before == {'more', 'more.npz'}
+    read = lambda: {file.name: file.read_bytes() for file in out.iterdir()}
+    whole = read()
+    for other in ('--num_samples=5', '--num_samples=6', '--seed=1'):
+        _, message = run('sample.py', *args, f'--out={out}/', other)
+        assert f'{out}/' in message and '\n' not in message and read() == whole
+
+
+@pytest.fixture
+def moved(latents, vae_folder, pictures, tmp_path):
+    """A folder with copies of the pictures without classes and of the VAE, and how to make latents of them."""
+    shutil.copytree(latents / 'plain', tmp_path / 'pictures')
+    shutil.copytree(vae_folder, tmp_path / 'vae')
+
+    def prepare(source, vae, out, *args):
+        args = f'--source={source}', f'--vae={vae}', f'--out=data/{out}', '--size=32', '--device=cpu', *args
+        assert run_in(tmp_path, 'data.py', *args) == ''
+        return f'--dataset={out}'
+    return tmp_path, prepare
+
+
+def test_a_run_goes_on_with_the_same_pictures_from_a_renamed_folder_and_a_moved_vae(moved, capsys):
+    """Bit for bit as if nothing had been renamed; sampling finds the VAE where it is now, or where it is told."""
+    folder, prepare = moved
+    command = [*LATENT, '--min_lr=2e-4', prepare('pictures', 'vae', 'x')]
+    assert run_in(folder, *command, '--out_dir=out') == '' == run_in(folder, *command, '--out_dir=gone')
+    assert run_in(folder, *command, '--out_dir=whole', '--max_iters=5') == ''
+    os.rename(folder / 'pictures', folder / 'images')
+    os.rename(folder / 'vae', folder / 'autoencoder')
+    shutil.rmtree(folder / 'data')
+    command[-1] = prepare('images', 'autoencoder', 'y')
+    capsys.readouterr()
+    assert run_in(folder, *command, '--out_dir=out', '--max_iters=5') == ''
+    assert re.search(r'resuming out/ckpt.pt at (iteration )?3\b', capsys.readouterr().out)
+    checkpoint, whole, gone = (torch.load(folder / out / 'ckpt.pt', weights_only=True)
+                               for out in ('out', 'whole', 'gone'))
+    assert checkpoint['iter_num'] == 5 and same(checkpoint['model'], whole['model'])
+    assert same(checkpoint['optimizer'], whole['optimizer'])
+    assert (checkpoint['data']['source'], checkpoint['data']['vae']) == ('images', 'autoencoder')
+    assert (gone['data']['source'], gone['data']['vae']) == ('pictures', 'vae')
+    draw = ['sample.py', '--num_samples=2', '--device=cpu', '--ckpt']
+    assert run_in(folder, *draw, 'out/ckpt.pt') == '' == run_in(folder, *draw, 'gone/ckpt.pt', '--vae=autoencoder')
+    assert "'vae'" in run_in(folder, *draw, 'gone/ckpt.pt')
+
+
+@pytest.mark.parametrize('change, words', [
+    ('--heldout=2', 'heldout is 0 there and 2 here'), ('--flip=False', 'flips is 2 there and 1 here'),
+    ('--source=fewer', 'count is 24 there and 23 here'), ('--source=two', "classes is [] there and ['a', 'b'] here"),
+    ('--size=16', 'size is 16 there and 8 here'), ('--vae=', 'channels is 4 there and 3 here')])
+def test_a_run_does_not_go_on_with_other_data(change, words, moved, pictures, capsys):
+    folder, prepare = moved
+    shutil.copytree(folder / 'pictures', folder / 'fewer')
+    (folder / 'fewer' / '0.jpg').unlink()
+    shutil.copytree(pictures, folder / 'two')
+    command = [*LATENT, '--out_dir=out']
+    assert run_in(folder, *command, prepare('pictures', 'vae', 'x')) == ''
+    before = (folder / 'out' / 'ckpt.pt').read_bytes()
+    message = run_in(folder, *command, prepare('pictures', 'vae', 'y', change), '--max_iters=5')
+    assert 'out/ckpt.pt is of other settings or data' in message and words in message and '\n' not in message
+    assert (folder / 'out' / 'ckpt.pt').read_bytes() == before
 
 
 def test_a_vae_that_does_not_fit_the_checkpoint_is_refused(latent_run, vae_folder, run, tmp_path):
@@ -164,7 +217,8 @@ def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     command = lambda out, iterations: [*LATENT, '--eval_interval=20', f'--max_iters={iterations}', f'--out_dir={out}',
                                        '--min_lr=2e-4']
     assert run_in(latent_run, *command('one', 14)) == '' == run_in(latent_run, *command('mixed', 4))
-    assert 'resuming mixed/ckpt.pt at iteration 4' in finish(*start_two(latent_run, *command('mixed', 14)))
+    printed = finish(*start_two(latent_run, *command('mixed', 14)))
+    assert re.search(r'resuming mixed/ckpt.pt at (iteration )?4\b', printed)
     logs = [np.genfromtxt(latent_run / out / 'log.csv', delimiter=',', names=True) for out in ('one', 'mixed')]
     assert len(logs[0]) == len(logs[1]) == 14
     for key in ('loss', 'grad_norm'):
