@@ -282,6 +282,9 @@ if __name__ == '__main__':
     if heldout:             # by name the last would be of one class
         order = np.random.default_rng(0).permutation(N)
     encoder = load_vae(dict(vae=vae), device)
+    if vae:
+        factor = 2 ** (len(encoder.config.block_out_channels) - 1)
+        check(size % factor == 0, f'with this VAE size must be a multiple of {factor}, not {size}')
     black = np.zeros((size, size, 3), np.uint8)
     row = encode(encoder, black[None], flips)[0]        # of the array
     meta = dict(source=source, size=size, channels=3, image_size=size, count=N,

@@ -401,7 +401,7 @@ def unconditional(workplace):
     return 'plain'
 
 
-@pytest.mark.parametrize('seed', range(120, 132))
+@pytest.mark.parametrize('seed', range(120, 136))
 def test_any_command_line_either_trains_and_samples_or_ends_with_a_sentence(seed, unconditional, run, tmp_path):
     rng = np.random.default_rng(seed)
     flow, settings = random_settings(rng)

@@ -18,8 +18,8 @@ from conftest import ROOT, finish, run_in, start_two
 from data import Dataset
 from test_train import same
 
-SMALL = ('--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=3', '--eval_interval=3', '--log_interval=1',
-         '--sample_images=2', '--eval_images=8', '--method=midpoint', '--steps=6', '--device=cpu',
+SMALL = ('--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=3', '--eval_interval=3',
+         '--log_interval=1', '--sample_images=2', '--eval_images=8', '--method=midpoint', '--steps=6', '--device=cpu',
          '--compile=False')
 LATENT = ('train.py', 'config/celebahq256.py', *SMALL, '--dataset=x', '--dtype=float32')
 
