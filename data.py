@@ -87,7 +87,7 @@ def list_pictures(source):
             if realpath(folder) in seen:
                 continue
             seen.add(realpath(folder))
-            for entry in os.scandir(folder):
+            for entry in sorted(os.scandir(folder), key=os.fspath):
                 if entry.name.startswith(('.', '__MACOSX')):
                     continue
                 if entry.is_dir() and entry.is_symlink():

@@ -134,8 +134,7 @@ if compile:
         block.compile(dynamic=False)
 net = model
 if world > 1:
-    net = DistributedDataParallel(model, broadcast_buffers=False,
-                                  gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 if rank == 0:
     vae = load_vae(data.meta, device)
     with explain(f'cannot write to {out_dir}'):
