@@ -159,6 +159,14 @@ def load_vae(meta, device):
     return vae.requires_grad_(False).eval().to(device)
 
 
+def new_array(file, dtype, shape):
+    """Makes an .npy file of zeros and reserves its place on the disk, so that a full one shows."""
+    open_memmap(file, 'w+', dtype, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(file, 'r+') as f:
+            os.posix_fallocate(f.fileno(), 0, getsize(file))
+
+
 def encode(vae, images, flips):
     """(B, H, W, 3) uint8 images -> their rows of latents.npy, (B, flips, 2C, h, w) float16.
 
@@ -300,10 +308,7 @@ if __name__ == '__main__':
             shutil.rmtree(parts, ignore_errors=True)
             os.makedirs(parts)
             np.save(f'{parts}/labels.npy', labels[order])
-            open_memmap(file, 'w+', row.dtype, (N, *row.shape))
-            if hasattr(os, 'posix_fallocate'):
-                with open(file, 'r+') as f:
-                    os.posix_fallocate(f.fileno(), 0, getsize(file))
+            new_array(file, row.dtype, (N, *row.shape))
     barrier()
     array = np.load(file, mmap_mode='r+')
     labels = np.load(f'{parts}/labels.npy', mmap_mode='r+')

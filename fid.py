@@ -224,4 +224,5 @@ if __name__ == '__main__':
                        pr_ref=len(b))
     print(json.dumps(result))
     if save_stats:
-        np.savez(save_stats, mu=mu, sigma=sigma, count=n_ref, inception=made_with)
+        with explain(f'cannot write {save_stats}'):
+            np.savez(save_stats, mu=mu, sigma=sigma, count=n_ref, inception=made_with)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from torchdiffeq import odeint
 from tqdm import tqdm
 
 from configurator import barrier, check, configure, explain, launch, precision
-from data import decode, load_vae
+from data import decode, load_vae, new_array
 from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, reconstruct
 
 METHODS = ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')   # dopri5 alone is adaptive
@@ -215,7 +214,7 @@ if __name__ == '__main__':
         with explain(f'cannot write {out}'):
             os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
             check(out[-1] != '/' or not os.listdir(out), f'{out} is not empty')
-            open_memmap(file, 'w+', np.uint8, shape)
+            new_array(file, np.uint8, shape)
     barrier()
     images = np.load(file, mmap_mode='r+')
     nfes = []

@@ -8,8 +8,10 @@ Writes ckpt.pt, log.csv and samples.png to out_dir. All random numbers of an ite
 every n-th image: so their number changes only rounding. CPUs and GPUs draw different numbers.
 """
 import copy
+import gc
 import math
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -76,6 +78,8 @@ config = configure(globals(), at_least_1=(
     'gradient_accumulation_steps patch width depth heads'))
 check(max(beta1, beta2, ema_decay) < 1, 'beta1, beta2 and ema_decay must be below 1')
 check(label_drop <= 1, f'label_drop is a share of 1, not {label_drop}')
+check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
+      'torch.compile needs a C++ compiler: install one, or give --compile=False')
 check(cfg == 1 or label_drop > 0, 'cfg needs a null label: raise label_drop, or --cfg=1')
 
 # -------------------------------------------------------------------------------------------------
@@ -306,5 +310,6 @@ while iteration < max_iters:
     skipped = torch.zeros_like(skipped)
 
 if world > 1:
-    del net     # first: else gloo's threads may outlive the process group, and abort
+    del net         # first: else gloo's threads may outlive the process group, and abort
+    gc.collect()
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import count
 
 import numpy as np
@@ -194,18 +195,56 @@ def test_a_folder_that_holds_something_else_is_not_drawn_into(trained, run, tmp_
     assert (tmp_path / 'photos.npy').read_bytes() == b'features'
 
 
+@contextmanager
+def files_of_at_most(size):
+    """As a full disk: no file can be written beyond a size."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize('out', ('x.npz', 'x.png', 'x/'))
+def test_a_full_disk_shows_before_samples_are_drawn(out, trained, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as drawn, files_of_at_most(20_000):
+        drawn.setattr(sample, 'odeint', lambda *args, **options: pytest.fail('a sample was drawn'))
+        _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', f'--out={tmp_path}/{out}', '--num_samples=100')
+    assert f'cannot write {tmp_path}/{out}' in message and '\n' not in message
+    assert run('sample.py', f'--ckpt={trained}/ckpt.pt', f'--out={tmp_path}/{out}', '--num_samples=3')[1] == ''
+
+
+def test_a_disk_that_is_full_of_samples_says_so(trained, run, tmp_path):
+    """The array of 12 samples fits, 13 kB, and the .npz with its labels does not."""
+    with files_of_at_most(12 * 32 * 32 + 200):
+        _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', f'--out={tmp_path}/x.npz', '--num_samples=12')
+    assert f'cannot write {tmp_path}/x.npz (OSError' in message and '\n' not in message
+
+
+def test_a_full_disk_leaves_no_half_made_digits(tmp_path, run):
+    with files_of_at_most(100_000):
+        message = run_in(tmp_path, 'train.py', *TINY)
+    assert 'cannot write data/digits (OSError' in message and '\n' not in message
+    assert not (tmp_path / 'data' / 'digits').exists() and not (tmp_path / 'out-digits').exists()
+
+
+def test_a_machine_without_a_compiler_is_told_to_leave_it_out(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    _, message = run('train.py', *TINY, '--compile=True', f'--out_dir={tmp_path}/out')
+    assert 'compiler' in message and '--compile=False' in message and '\n' not in message
+    assert not (tmp_path / 'out').exists()
+    assert run('train.py', *TINY, '--max_iters=1', f'--out_dir={tmp_path}/out')[1] == ''
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(run, tmp_path):
     """A limit on the size of files, as a full disk: the log fits below it, the checkpoint does not."""
     args = [*TINY, f'--out_dir={tmp_path}']
     assert run('train.py', *args, '--max_iters=3')[1] == ''
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    with files_of_at_most(len(before) // 2):
         _, message = run('train.py', *args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert f'cannot write {tmp_path}/ckpt.pt; an older one is whole' in message and '\n' not in message
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     assert run('train.py', *args)[1] == '' and load(tmp_path)['iter_num'] == 6
