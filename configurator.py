@@ -51,7 +51,7 @@ def read_config(arg):
         file = f'{dirname(abspath(__file__))}/{arg}'
     check(file.endswith('.py') and isfile(file),
           f'{arg!r} is neither a config file (NAME.py) nor a setting (--key=value)')
-    with explain(f'{arg} is not Python', SyntaxError):
+    with explain(f'{arg} cannot be run', SyntaxError):
         assigned = runpy.run_path(file)
     settings = {}
     for key, value in assigned.items():
@@ -62,7 +62,7 @@ def read_config(arg):
 
 
 def convert(value, default, lowest):
-    """A setting's value, perhaps given as text, as the type of its default, or an error.
+    """A setting's value in the type of its default; text is parsed. Raises if it does not fit.
 
     A number must be at least `lowest`, unless the default is negative.
     """
@@ -145,7 +145,7 @@ def launch(device):
     rank, local_rank = int(os.environ.get('RANK', 0)), os.environ.get('LOCAL_RANK', 0)
     world = int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
-        device = str(torch.accelerator.current_accelerator() or 'cpu')
+        device = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     if device == 'cuda':
         device = f'cuda:{local_rank}'
     with explain(f'device must be auto, cuda, mps or cpu, and be there, not {device!r}',

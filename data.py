@@ -48,7 +48,7 @@ def draw_digit(label, rng):
     draw.text((32, 32), str(label), fill=255, font=font, anchor='mm', stroke_width=stroke)
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, sin + shear], [-sin, cos]])
-    offset = 32 - matrix @ (32 + shift)     # turns about the centre
+    offset = 32 - matrix @ (32 + shift)     # Pillow maps output to input
     affine = np.column_stack([matrix, offset]).flatten()
     turned = canvas.transform(canvas.size, Image.AFFINE, affine, Image.BILINEAR)
     return np.asarray(turned.reduce(2))
@@ -76,8 +76,8 @@ def make_digits(folder, train=20_000, heldout=2_000):
 def list_pictures(source):
     """(files, labels, classes) of the pictures below a folder, in the order of their names.
 
-    The classes are the first folders in which the files differ. If pictures lie beside these, or
-    in one folder, there are none. Links are followed, but no folder counts twice.
+    The classes are the folders at the first level at which the paths differ; if pictures lie there,
+    too, there are none. Links are followed, but no folder counts twice.
     """
     endings = Image.registered_extensions()
     files, others, queue, seen = [], 0, [os.path.abspath(source)], set()
@@ -160,7 +160,7 @@ def load_vae(meta, device):
 
 
 def new_array(file, dtype, shape):
-    """Makes an .npy file of zeros and reserves its place on the disk, so that a full one shows."""
+    """Makes an .npy file of zeros, at full size: a full disk fails now, not midway."""
     open_memmap(file, 'w+', dtype, shape)
     if hasattr(os, 'posix_fallocate'):
         with open(file, 'r+') as f:
@@ -206,9 +206,9 @@ def to_device(array, device):
 class Dataset:
     """A dataset, by its folder or its name in data/: Dataset('digits').
 
-    meta, labels and array are its files. rows are those of the images that could be read, and an
-    image's number is its place there. The first n_train are to train on. eval_index are the numbers
-    of those to evaluate on: the held-out images or, without any, the training images (eval_name).
+    meta, labels and array are its files. rows are the places of the readable images, and an image's
+    number is its place in rows. The first n_train are to train on. eval_index are the numbers of
+    those to evaluate on, held out or else of training: eval_name says which.
     """
 
     def __init__(self, name):
@@ -294,7 +294,7 @@ if __name__ == '__main__':
         factor = 2 ** (len(encoder.config.block_out_channels) - 1)
         check(size % factor == 0, f'with this VAE size must be a multiple of {factor}, not {size}')
     black = np.zeros((size, size, 3), np.uint8)
-    row = encode(encoder, black[None], flips)[0]        # of the array
+    row = encode(encoder, black[None], flips)[0]        # for its shape and dtype
     meta = dict(source=source, size=size, channels=3, image_size=size, count=N,
                 classes=classes, heldout=heldout, flips=flips, vae=vae)
     parts = f'{out}.parts'      # becomes `out` when it is complete
@@ -344,6 +344,6 @@ if __name__ == '__main__':
         data = Dataset(out)
         print(f'{out}: {len(data.rows)} images, {N - len(data.rows)} left out')
         if vae:
-            x, _ = data.batch(np.arange(0, len(data.rows), 1 + N // 1000))
+            x, _ = data.batch(np.arange(0, len(data.rows), 1 + N // 100))
             factor = meta['scaling_factor']
             print(f'scaling factor {factor}, std of the scaled latents {x.std():.4f}')

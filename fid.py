@@ -118,7 +118,7 @@ def precision_recall(samples, reference, k=3):
     The ball of a feature reaches to the k-th nearest other of its set. Precision is the share of
     samples in the ball of some reference, recall that of references in the ball of some sample.
     """
-    # Without matrix products, whose rounding tells equal distances apart
+    # Without matrix products, whose rounding makes equal distances unequal
     distances = partial(torch.cdist, compute_mode='donot_use_mm_for_euclid_dist')
     sample_radii = distances(samples, samples).kthvalue(k + 1).values   # itself is the first
     reference_radii = distances(reference, reference).kthvalue(k + 1).values
@@ -195,7 +195,7 @@ if __name__ == '__main__':
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     # All files are opened before the work
-    a = b = None
+    b = None
     statistics = load_statistics(ref)
     if samples:
         images = open_images(samples, size)
@@ -215,8 +215,8 @@ if __name__ == '__main__':
     if samples:
         distance = frechet_distance(*mean_and_covariance(a), mu, sigma)
         result |= dict(n_samples=len(a), fid=distance)
-        if min(len(a), n_ref or 2048) < 2048:
-            print('warning: below 2,048 images covariances are singular: FID is too high')
+        if len(a) <= 2048 or 0 < n_ref <= 2048:
+            print('warning: up to 2,048 images covariances are singular: FID is too high')
     if samples and b is not None and min(len(a), len(b), pr_samples) > 3:
         a, b = a[:pr_samples], b[:pr_samples]
         precision, recall = precision_recall(a, b)

@@ -98,7 +98,7 @@ def state_and_velocity(x1, x0, t, start, kind='linear'):
 
 
 def packed_stages(B, K, device='cpu'):
-    """The stages of a packed batch, (B,), for the draw in Alg. 1, line 6: 0 0 1 1 2 2 for B = 6."""
+    """Replaces the random stages of Alg. 1, line 6: all equally often, in order. 0 0 1 1 2 2."""
     return torch.arange(B, device=device) * K // B
 
 
@@ -143,9 +143,9 @@ def multiscale_loss(v, u, weights, B):
 
 
 def hand_over(state, k, x0, config):
-    """Alg. 2, lines 3 to 5: scale k joins the coarser ones, Eq. (3) at its start where alpha is 0.
+    """Alg. 2, lines 3 to 5: scale k joins the coarser ones. At its start Eq. (3) is sigma x0.
 
-    state is the ODE's, a dict. x0 is the pyramid of the noise.
+    state is {k: tensor} of the coarser scales, {} at first. x0 is the pyramid of the noise.
     """
     sigma_start, _ = sigma(torch.tensor(config.times[k + 1]), config.path)
     return {k: sigma_start * x0[k], **state}
@@ -246,15 +246,16 @@ def full_attention(q, k, v):
     parts = {i: [] for i in q}
     first = 0
     for s in q:
-        images = slice(first, len(q[s]))        # those of stage s
-        if first < len(q[s]):
+        last = len(q[s])
+        images = slice(first, last)     # those of stage s
+        if last > first:
             scales = [i for i in q if i >= s]
             keys = torch.cat([k[i][images] for i in scales], dim=2)
             values = torch.cat([v[i][images] for i in scales], dim=2)
             for i in scales:
                 part = F.scaled_dot_product_attention(q[i][images], keys, values)
                 parts[i].append(part)
-        first = len(q[s])
+        first = last
     return {i: torch.cat(parts[i]) for i in q}
 
 
@@ -273,7 +274,10 @@ def experts(K, shared, layer, *sizes):
 
 
 class MoTBlock(nn.Module):
-    """The MoT block (Sec. 4.4, Figure 2): all but the attention is each scale's own."""
+    """The MoT block (Sec. 4.4, Figure 2): all but the attention is each scale's own.
+
+    config.shared names what is not: any of qkv, proj, ffn and mod.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -399,10 +403,10 @@ class LapFlow(nn.Module):
         tokens, c = self.condition(t, y)
         z = {}
         for k, x in x_t.items():
-            if self.config.image_tokens:    # the image as far as it is known: Eq. (2)
+            if self.config.image_tokens:    # the noisy image of this resolution: Eq. (2)
                 x = reconstruct([x_t[j][:len(x)] for j in x_t if j >= k])
             z[k] = self.patch_embed[k](x)                               # (B_k, N_k, D)
-        # The tokens of t and y stand with the coarsest scale, which every scale may see
+        # The tokens of t and y stand with the coarsest scale: all see it, but under mask 'self'
         coarsest = max(z)
         z[coarsest] = torch.cat([tokens, z[coarsest]], dim=1)
         for block in self.blocks:

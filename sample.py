@@ -1,8 +1,8 @@
 """Draws images from a checkpoint: Alg. 2, one ODE in K segments.
 
-    python sample.py --ckpt out-digits/ckpt.pt                              # beside the checkpoint
-    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz      # ADM's: arr_0, arr_1
-    python sample.py --ckpt CKPT --num_samples=100 --out=samples/           # one PNG each
+    python sample.py --ckpt out-digits/ckpt.pt                          # samples.png beside it
+    python sample.py --ckpt CKPT --num_samples=50000 --out=samples.npz  # ADM's: arr_0, arr_1
+    python sample.py --ckpt CKPT --num_samples=100 --out=samples/       # one PNG each
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT ...
 
 Noise and label of sample i depend on (seed, i) alone. With a fixed-step method in float32 its
@@ -55,8 +55,8 @@ class GuidedVelocity:
 def odeint_scales(velocity, state, start, end, method, steps, tol):
     """ODEINT of Alg. 2: the state, a dict {k: tensor}, at time `end` from that at `start`.
 
-    Of the `steps` over [0, 1] a fixed-step method makes (end - start), at least one. dopri5 chooses
-    its own. torchdiffeq raises AssertionError where dopri5's steps shrink to nothing.
+    A fixed-step method makes `steps` steps over [0, 1]; this segment gets its share, at least one.
+    dopri5 chooses its own. If they shrink to nothing, torchdiffeq raises AssertionError.
     """
     device = state[max(state)].device
     n = max(1, round(steps * end) - round(steps * start))
@@ -67,7 +67,7 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
     t = torch.linspace(start, end, n + 1, device=device)
 
     def ode(time, x):
-        time = time.clamp(start, end)       # dopri5's first probe goes beyond
+        time = time.clamp(start, end)       # dopri5 probes beyond for its first step
         v = velocity(dict(zip(state, x)), time)
         return tuple(v.values())
 
@@ -80,7 +80,7 @@ def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0)
     """Alg. 2: images (B, C, H, W) from noise (B, C, H, W) float32, and the number of evaluations.
 
     y is (B,) labels or None. method is one of METHODS. tol is dopri5's absolute and relative
-    tolerance; the others make `steps` steps. cfg = 1 is the conditional model.
+    tolerance; the other methods make `steps` steps. cfg = 1 is the conditional model.
     """
     config = model.config
     x0 = laplacian_pyramid(noise, config.K)
@@ -109,7 +109,7 @@ def labels_of(index, classes):
 
 
 def to_uint8(x):
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 array, rounded once."""
+    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 array, rounded and clipped."""
     x = ((x + 1) * 127.5).round().clamp(0, 255).byte()
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -165,11 +165,12 @@ def sampling_defaults(settings):
     return {key: config[key] for key in ('method', 'steps', 'tol', 'cfg')}
 
 
-def check_solver(config, method, tol, cfg):
+def check_solver(config, method, tol, cfg, label_drop):
     """Ends the script with one sentence if `generate` cannot take these."""
     check(method in METHODS, f'method must be one of {METHODS}, but it is {method!r}')
     check(tol > 0, f'tol must be more than 0, but it is {tol}')
     check(cfg == 1 or config.n_classes, 'the model is unconditional, so cfg must be 1')
+    check(cfg == 1 or label_drop > 0, 'cfg needs a null label: train with label_drop, or --cfg=1')
 
 
 if __name__ == '__main__':
@@ -191,9 +192,10 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, device)
     meta = checkpoint['data']
-    meta['vae'] = vae or meta['vae']
+    if meta['vae']:
+        meta['vae'] = vae or meta['vae']
     vae = load_vae(meta, device)
-    check_solver(model.config, method, tol, cfg)
+    check_solver(model.config, method, tol, cfg, checkpoint['config']['label_drop'])
     check(dtype != 'bfloat16' or method != 'dopri5', 'dopri5 needs float32')
     autocast, dtype = precision(device, dtype)
     classes = range(model.config.n_classes)

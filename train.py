@@ -5,7 +5,7 @@
 
 Writes ckpt.pt, log.csv and samples.png to out_dir. All random numbers of an iteration depend on
 (seed, iteration) alone. They are drawn for the whole batch, and each process and micro-batch takes
-every n-th image: so their number changes only rounding. CPUs and GPUs draw different numbers.
+every n-th image: so how many there are changes only rounding. CPUs and GPUs draw different numbers.
 """
 import copy
 import gc
@@ -57,7 +57,7 @@ label_drop = 0.1            # share of labels replaced by the null label, for gu
 max_iters = 10_000
 learning_rate = 2e-4
 warmup_iters = 0
-min_lr = 1e-6               # at max_iters, by a cosine; learning_rate keeps it constant
+min_lr = 1e-6               # at max_iters, by a cosine; if learning_rate: constant
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.999
@@ -80,13 +80,12 @@ check(max(beta1, beta2, ema_decay) < 1, 'beta1, beta2 and ema_decay must be belo
 check(label_drop <= 1, f'label_drop is a share of 1, not {label_drop}')
 check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
       'torch.compile needs a C++ compiler: install one, or give --compile=False')
-check(cfg == 1 or label_drop > 0, 'cfg needs a null label: raise label_drop, or --cfg=1')
 
 # -------------------------------------------------------------------------------------------------
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = precision(device, dtype)      # weights, optimizer and EMA are float32
-# The backward pass of the CPU's flash attention is slow in bfloat16 (its switch is this, too)
+# A CPU's flash attention is slow in its bfloat16 backward pass (this switch rules CPUs, too)
 torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
 size, channels = data.meta['size'], data.meta['channels']
@@ -101,7 +100,7 @@ shares = world * gradient_accumulation_steps
 check(batch_size % shares == 0 and batch_size >= K * shares,
       f'batch_size {batch_size} must split into {shares} parts (processes x accumulation'
       f' steps) of at least {K} images (scales)')
-check_solver(model_config, method, tol, cfg)
+check_solver(model_config, method, tol, cfg, label_drop)
 
 torch.manual_seed(seed)
 model = LapFlow(model_config).to(device)
@@ -177,12 +176,12 @@ def random_inputs(n, *key):
 
 
 def loss_of(net, index, t, inputs, share):
-    """Alg. 1, lines 7 to 10: the loss and the errors of a share, a slice, of a packed batch."""
+    """Alg. 1, lines 7 to 10: the loss and the errors of one share (a slice) of a packed batch."""
     noise, drop, flip, eps = [x[share] for x in inputs]
     x1, y = data.batch(index[share], device, flip, eps)
     if n_classes > 0:
         y = torch.where(drop, n_classes, y)
-    stage = packed_stages(len(index), K)[share]     # on the CPU: nobody waits for its counts
+    stage = packed_stages(len(index), K)[share]     # on the CPU, so that counting is no wait
     x_t, u_t = states_and_velocities(x1, noise, t[share], stage, model_config)
     with autocast:
         v_t = net(x_t, t[share], y)
@@ -202,7 +201,7 @@ def evaluate():
     try:
         index = data.eval_index[:eval_images]
         uniform, inputs = random_inputs(len(index), 1)
-        # Uniform times, whatever law a fork trains with
+        # Uniform times: runs that train with others stay comparable
         t = stage_times(packed_stages(len(index), K, device), uniform, model_config)
         parts = math.ceil(len(index) * shares / batch_size)     # micro-batches
         for i in range(rank, parts, world):
@@ -247,7 +246,8 @@ signal.signal(signal.SIGTERM, stop_soon)
 
 # -------------------------------------------------------------------------------------------------
 # Training
-skipped = in_a_row = torch.zeros((), device=device)     # updates: since the last log step; now
+skipped = torch.zeros((), device=device)    # updates since the last log step
+in_a_row = torch.zeros((), device=device)   # skipped updates in a row
 logged, clock = iteration, time.time()
 while iteration < max_iters:
     lr = learning_rate_at(iteration)
@@ -292,7 +292,9 @@ while iteration < max_iters:
         print(f'skipped {skipped:.0f} updates, because their gradients are not finite')
     check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: try a lower '
           f'learning_rate, more warmup_iters or dtype=float32 ({ckpt_path} is untouched)')
-    if rank == 0 and (evaluating or stop) and math.isfinite(loss):
+    if not math.isfinite(loss):
+        print(f'the loss is not finite: {ckpt_path} is not written')
+    elif rank == 0 and (evaluating or stop):
         save(ckpt_path)     # before what may fail
     errors = [''] * K
     if evaluating:

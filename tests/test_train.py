@@ -630,6 +630,7 @@ def test_a_class_may_be_given_by_its_name_which_comes_before_its_number(trained,
     ('train.py', ['--dataset=plain'], ('cfg', 'unconditional')),
     ('train.py', ['--label_drop=0'], ('null label', 'label_drop', '--cfg=1')),
     ('train.py', ['--label_drop=1.5'], ('label_drop', '1.5')),
+    ('sample.py', ['--ckpt', 'undropped.pt'], ('null label', '--cfg=1')),
     ('train.py', ['--beta2=1'], ('beta2', 'below 1')),
     ('train.py', ['--ema_decay=1.0'], ('ema_decay', 'below 1')),
     ('train.py', ['--batch_size=7', '--gradient_accumulation_steps=2'], ('batch_size',)),
@@ -660,6 +661,9 @@ def test_a_class_may_be_given_by_its_name_which_comes_before_its_number(trained,
     ('sample.py', ['--out=x.jpg'], ('.png', '.npz')),
 ))
 def test_bad_input_gets_one_sentence_and_destroys_nothing(script, args, words, trained, run, workplace, plain):
+    checkpoint = load(trained)
+    checkpoint['config']['label_drop'] = 0.0
+    torch.save(checkpoint, workplace / 'undropped.pt')
     torch.save({'model': {}}, workplace / 'other.pt')
     (workplace / 'cut.pt').write_bytes((trained / 'ckpt.pt').read_bytes()[:100_000])
     if script == 'train.py':
