@@ -69,7 +69,7 @@ def convert(value, default, lowest):
     kind = type(default)
     if kind is str and type(value) is str:
         return expanduser(value)
-    if isinstance(value, str):
+    if type(value) is str:
         value = ast.literal_eval(value)
     if kind is tuple:
         if isinstance(value, (int, float)):
@@ -77,10 +77,10 @@ def convert(value, default, lowest):
         return tuple(convert(number, 0.0, lowest) for number in value)
     if kind is float and type(value) is int:
         value = float(value)
-    if default < 0:
-        lowest = -2 ** 63
-    if type(value) is not kind or not lowest <= value < 2 ** 63:
-        raise ValueError('wrong type or range')
+    if type(value) is not kind:
+        raise TypeError(f'its type is {type(value).__name__}')
+    if default >= 0 and not lowest <= value < 2 ** 63:
+        raise ValueError('it is out of range')
     return value
 
 

@@ -50,12 +50,14 @@ NORM = ('running_mean', 'running_var', 'weight', 'bias')
 def run_branch(weights, x, prefix, names):
     """Applies the convolutions and pools of a branch, one after another."""
     for name in names.split():
-        stride = 2 if name.endswith('!!') else 1
         if name == 'average':       # of real neighbours only, as in TensorFlow
             x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        elif name.startswith('max'):
-            x = F.max_pool2d(x, 3, stride, padding=2 - stride)
+        elif name == 'max':
+            x = F.max_pool2d(x, 3, 1, 1)
+        elif name == 'max!!':
+            x = F.max_pool2d(x, 3, 2)
         else:
+            stride = 2 if '!!' in name else 1
             padding = 'valid' if '!' in name else 'same'
             name = prefix + name.strip('!')
             x = F.conv2d(x, weights[f'{name}.conv.weight'], None, stride, padding)

@@ -114,11 +114,11 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw(model, vae, meta, seed, index, classes, autocast, method, steps, tol, cfg):
+def draw(model, vae, meta, seed, index, classes, autocast, **solver):
     """The pictures of the samples in index, (B, H, W, C) uint8, and the number of evaluations.
 
-    meta is the dataset's. classes are the numbers of those to draw. The last four are `generate`'s.
-    dopri5 runs in float32: rounding can make it reject its steps.
+    meta is the dataset's. classes are the numbers of those to draw. solver has more arguments of
+    `generate`. dopri5 runs in float32: rounding can make it reject its steps.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -127,10 +127,10 @@ def draw(model, vae, meta, seed, index, classes, autocast, method, steps, tol, c
     y = None
     if config.n_classes > 0:
         y = torch.tensor(labels_of(index, classes), device=device)
-    if method == 'dopri5':
+    if solver['method'] == 'dopri5':
         autocast = nullcontext()
     with autocast:
-        x, nfe = generate(model, noise, y, method, steps, tol, cfg)
+        x, nfe = generate(model, noise, y, **solver)
     return to_uint8(decode(vae, x, meta)), nfe
 
 
@@ -226,7 +226,7 @@ if __name__ == '__main__':
         with explain('the samples cannot be drawn: has the model diverged?', FloatingPointError,
                      AssertionError):
             images[index], nfe = draw(model, vae, meta, seed, index, classes, autocast,
-                                      method, steps, tol, cfg)
+                                      method=method, steps=steps, tol=tol, cfg=cfg)
         nfes.append(nfe)
     barrier()
     with explain(f'cannot write {out}'):

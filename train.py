@@ -189,7 +189,7 @@ def loss_of(net, index, t, inputs, share):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance('force_eager')
+@torch.compiler.set_stance('force_eager')       # its batches have other sizes: no recompiling
 def evaluate():
     """The held-out error of each scale, always at the same noise and times. EMA if there is one.
 
@@ -210,8 +210,9 @@ def evaluate():
                 sums[0, k] += errors[k].sum()
                 sums[1, k] += len(errors[k])
         if rank == 0:
+            solver = dict(method=method, steps=steps, tol=tol, cfg=cfg)
             images, _ = draw(net, vae, data.meta, seed, range(sample_images),
-                             range(n_classes), autocast, method, steps, tol, cfg)
+                             range(n_classes), autocast, **solver)
             save_grid(f'{out_dir}/samples.png', images)
     except Exception:
         traceback.print_exc()
