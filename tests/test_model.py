@@ -357,7 +357,8 @@ def test_attention_costs_appendix_C_for_any_T():
 
 @pytest.mark.parametrize('T, shared, millions', (
     ((), '', 457), ((0.5,), '', 912), ((0.5,), 'ffn,mod', 560), ((0.5,), 'qkv,proj,ffn,mod', 459),
-    ((0.5,), 'ffn,mod,proj', 535), ((0.67, 0.33), 'ffn,mod,proj', 612), ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
+    ((0.5,), 'ffn,mod,proj', 535), ((0.67, 0.33), 'ffn,mod,proj', 612),
+    ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
 def test_parameters_of_L2(T, shared, millions):
     """Closed form: D = 1024; per block and expert 6 D^2 mod, 3 D^2 qkv, D^2 proj, 8 D^2 ffn and their biases."""
     D, K = 1024, len(T) + 1
