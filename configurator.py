@@ -51,7 +51,7 @@ def read_config(arg):
         file = f'{dirname(abspath(__file__))}/{arg}'
     check(file.endswith('.py') and isfile(file),
           f'{arg!r} is neither a config file (NAME.py) nor a setting (--key=value)')
-    with explain(f'{arg} cannot be run', SyntaxError):
+    with explain(f'{arg} cannot be run', SyntaxError, NameError, ArithmeticError):
         assigned = runpy.run_path(file)
     settings = {}
     for key, value in assigned.items():
@@ -74,6 +74,8 @@ def convert(value, default, lowest):
     if kind is tuple:
         if isinstance(value, (int, float)):
             value = [value]
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f'its type is {type(value).__name__}')
         return tuple(convert(number, 0.0, lowest) for number in value)
     if kind is float and type(value) is int:
         value = float(value)
@@ -150,12 +152,13 @@ def launch(device):
         device = f'cuda:{local_rank}'
     with explain(f'device must be auto, cuda, mps or cpu, and be there, not {device!r}',
                  RuntimeError, AssertionError):
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     backend = 'gloo'
     if 'cuda' in device:
         backend = 'nccl'
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
+    check(0 <= rank < world, f'there is no process {rank} of {world}: start with torchrun')
     if world > 1:
         dist.init_process_group(backend, timeout=timedelta(hours=1))    # for slow evaluations
     if rank > 0:

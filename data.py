@@ -88,9 +88,10 @@ def list_pictures(source):
                 continue
             seen.add(realpath(folder))
             for entry in sorted(os.scandir(folder), key=os.fspath):
-                if entry.name.startswith(('.', '__MACOSX')):
-                    continue
-                if entry.is_dir() and entry.is_symlink():
+                hidden = entry.name.startswith(('.', '__MACOSX'))
+                if hidden or entry.is_symlink() and not exists(entry):      # or a broken link
+                    others += 1
+                elif entry.is_dir() and entry.is_symlink():
                     queue.append(entry.path)        # after all real folders
                 elif entry.is_dir():
                     queue.insert(0, entry.path)
@@ -112,6 +113,10 @@ def list_pictures(source):
     return files, labels, classes
 
 
+class Unreadable(ValueError):
+    """A picture that cannot be used, by its name."""
+
+
 def center_crop(image, size):
     """ADM's crop, (size, size, 3) uint8: halved while twice too large, then resized, then cut."""
     while min(image.size) >= 2 * size:
@@ -126,16 +131,18 @@ def center_crop(image, size):
 def read_picture(file, size=0):
     """A picture, (H, W, 3) uint8: upright, white where transparent, cropped if size > 0.
 
-    What cannot be read raises ValueError with the file's name.
+    What cannot be used raises Unreadable.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(file))
+    except NameError:               # a programmer's
+        raise
     except Exception as error:      # a damaged file makes Pillow raise nearly anything
-        raise ValueError(f'{file!r}: {error!r}') from error
+        raise Unreadable(f'{file!r}: {error!r}') from error
     if image.mode == 'F' or image.mode.startswith('I'):
-        raise ValueError(f'{file!r}: grey of 16 bits or more, which Pillow would clip')
+        raise Unreadable(f'{file!r}: grey of 16 bits or more, which Pillow would clip')
     if max(image.size) > 50 * min(image.size):
-        raise ValueError(f'{file!r}: so long that its crop would fill the memory')
+        raise Unreadable(f'{file!r}: so long that its crop would fill the memory')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
@@ -280,8 +287,8 @@ if __name__ == '__main__':
     device = 'auto'
     configure(globals(), at_least_1='size batch_size')
     check(source and out, 'give pictures and a dataset: --source=FOLDER --out=data/NAME')
-    out = out.rstrip('/')
-    check(not exists(out), f'{out} exists: delete it, or give another --out')
+    out = os.path.normpath(out)
+    check(not os.path.lexists(out), f'{out} exists: delete it, or give another --out')
     device, rank, world = launch(device)
     files, labels, classes = list_pictures(source)
     N, flips = len(files), 1 + flip
@@ -305,7 +312,10 @@ if __name__ == '__main__':
                      scaling_factor=encoder.config.scaling_factor)
     if rank == 0:
         with explain(f'cannot write {N} images to {out}'):      # shows before the work
-            shutil.rmtree(parts, ignore_errors=True)
+            if exists(parts):       # of a run that was interrupted
+                ours = {'images.npy', 'latents.npy', 'labels.npy', 'meta.json'}
+                check(set(os.listdir(parts)) <= ours, f'{parts} holds other files: move it')
+                shutil.rmtree(parts)
             os.makedirs(parts)
             np.save(f'{parts}/labels.npy', labels[order])
             new_array(file, row.dtype, (N, *row.shape))
@@ -318,7 +328,7 @@ if __name__ == '__main__':
         """Picture i; if it cannot be read, a black one, and its label becomes -1."""
         try:
             return read_picture(files[order[i]], size)
-        except ValueError as error:
+        except Unreadable as error:
             tqdm.write(f'left out: {error}', file=sys.stderr)
             labels[i] = -1
             wrong = (labels < 0).sum()

@@ -154,7 +154,7 @@ def load_statistics(path):
     """(mu, sigma, count) of an .npz of statistics, count 0 if it is not stated; None of images."""
     if not path.endswith('.npz'):
         return None
-    with explain(f'{path!r} has no images (arr_0) or statistics (mu, sigma)', KeyError):
+    with explain(f'{path!r} has no images (arr_0) or statistics (mu, sigma)', KeyError, TypeError):
         arrays = np.load(path)
         if 'mu' not in arrays:
             return None
@@ -193,6 +193,7 @@ if __name__ == '__main__':
     check(ref and (samples or save_stats), 'give --ref=B and --samples=A or --save_stats=C')
     folder = os.path.dirname(save_stats) or '.'
     check(os.path.isdir(folder), f'there is no folder {folder!r} for {save_stats}')
+    check(save_stats.endswith('.npz') or not save_stats, 'save_stats must be NAME.npz')
     device, rank, world = launch(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

@@ -56,7 +56,7 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
     """ODEINT of Alg. 2: the state, a dict {k: tensor}, at time `end` from that at `start`.
 
     A fixed-step method makes `steps` steps over [0, 1]; this segment gets its share, at least one.
-    dopri5 chooses its own. If they shrink to nothing, torchdiffeq raises AssertionError.
+    dopri5 chooses its own. If they shrink to nothing, FloatingPointError is raised.
     """
     device = state[max(state)].device
     n = max(1, round(steps * end) - round(steps * start))
@@ -71,7 +71,13 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
         v = velocity(dict(zip(state, x)), time)
         return tuple(v.values())
 
-    x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method, options=options)
+    try:
+        x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method,
+                   options=options)
+    except AssertionError as error:
+        if not str(error).startswith(('underflow in dt', 'non-finite')):
+            raise       # a fork's own
+        raise FloatingPointError(f'{method} fails from t = {start:g}') from error
     return {k: x_k[-1] for k, x_k in zip(state, x)}
 
 
@@ -146,9 +152,10 @@ def save_grid(file, images, columns=10):
 def load_checkpoint(file):
     """The dict that train.py saved, on the CPU. Tensors are read when they are used."""
     with explain(f'{file!r} is not a checkpoint of this train.py, or is damaged',
-                 RuntimeError, KeyError, TypeError):
+                 RuntimeError, KeyError, TypeError, IndexError):
         checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        LapFlowConfig(**checkpoint['model_args'])
+        unknown = set(checkpoint['model_args']) - set(LapFlowConfig.__dataclass_fields__)
+    check(not unknown, f'{file!r} is not a checkpoint of this train.py: it has {unknown}')
     return checkpoint
 
 
@@ -192,8 +199,8 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(ckpt)
     model = load_model(checkpoint, device)
     meta = checkpoint['data']
-    if meta['vae']:
-        meta['vae'] = vae or meta['vae']
+    check(not vae or meta['vae'], 'the model draws pixels: it has no VAE')
+    meta['vae'] = vae or meta['vae']
     vae = load_vae(meta, device)
     check_solver(model.config, method, tol, cfg, checkpoint['config']['label_drop'])
     check(dtype != 'bfloat16' or method != 'dopri5', 'dopri5 needs float32')
@@ -207,6 +214,7 @@ if __name__ == '__main__':
         classes = [int(cls)]
     out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
     check(out.endswith(('.png', '.npz', '/')), f'out must be .png, .npz or NAME/: {out!r}')
+    check(out.endswith('/') or not os.path.isdir(out), f'{out} is a folder')
 
     # All processes write to one array, which becomes what is wanted
     file = f'{out.rstrip("/")}.parts.npy'
@@ -223,10 +231,11 @@ if __name__ == '__main__':
     starts = range(rank * batch_size, num_samples, world * batch_size)
     for first in tqdm(starts, disable=rank > 0):
         index = range(first, min(first + batch_size, num_samples))
-        with explain('the samples cannot be drawn: has the model diverged?', FloatingPointError,
-                     AssertionError):
+        try:
             images[index], nfe = draw(model, vae, meta, seed, index, classes, autocast,
                                       method=method, steps=steps, tol=tol, cfg=cfg)
+        except FloatingPointError as error:
+            check(False, f'the samples cannot be drawn: has the model diverged? ({error})')
         nfes.append(nfe)
     barrier()
     with explain(f'cannot write {out}'):

@@ -78,6 +78,7 @@ config = configure(globals(), at_least_1=(
     'gradient_accumulation_steps patch width depth heads'))
 check(max(beta1, beta2, ema_decay) < 1, 'beta1, beta2 and ema_decay must be below 1')
 check(label_drop <= 1, f'label_drop is a share of 1, not {label_drop}')
+check(min_lr <= learning_rate, f'min_lr {min_lr} is more than learning_rate {learning_rate}')
 check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
       'torch.compile needs a C++ compiler: install one, or give --compile=False')
 
@@ -95,7 +96,8 @@ with explain('these settings make no model'):
     model_config = LapFlowConfig(size, channels, n_classes=n_classes, **model_args)
 K = model_config.K
 loss_weights = loss_weights or (1.0,) * K
-check(len(loss_weights) == K, f'loss_weights must be {K}, one a scale, not {loss_weights}')
+check(len(loss_weights) == K and sum(loss_weights) > 0,
+      f'loss_weights must be {K}, one a scale, and not all 0: {loss_weights}')
 shares = world * gradient_accumulation_steps
 check(batch_size % shares == 0 and batch_size >= K * shares,
       f'batch_size {batch_size} must split into {shares} parts (processes x accumulation'
@@ -143,9 +145,9 @@ if rank == 0:
     with explain(f'cannot write to {out_dir}'):
         os.makedirs(out_dir, exist_ok=True)
         log_file = open(f'{out_dir}/log.csv', 'a', buffering=1)
-    if log_file.tell() == 0:
-        columns = [f'{data.eval_name}_{k}' for k in range(K)]
-        print('iter,loss,lr,grad_norm,images_per_s', *columns, sep=',', file=log_file)
+        if log_file.tell() == 0:
+            columns = [f'{data.eval_name}_{k}' for k in range(K)]
+            print('iter,loss,lr,grad_norm,images_per_s', *columns, sep=',', file=log_file)
 count = sum(p.numel() for p in parameters)
 print(f'{count:,} parameters, {K} scales of {size} x {size} and coarser, '
       f'{data.n_train} images, {max_iters} iterations of {batch_size}, '
@@ -293,7 +295,8 @@ while iteration < max_iters:
         print(f'skipped {skipped:.0f} updates, because their gradients are not finite')
     check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: try a lower '
           f'learning_rate, more warmup_iters or dtype=float32 ({ckpt_path} is untouched)')
-    if not math.isfinite(loss):
+    ending = stop or iteration == max_iters
+    if not math.isfinite(loss) and not (ending and in_a_row < 2):
         print(f'the loss is not finite: {ckpt_path} is not written')
     elif rank == 0 and (evaluating or stop):
         save(ckpt_path)     # before what may fail

@@ -197,8 +197,46 @@ def test_what_is_found_and_what_is_passed_over_are_counted(tmp_path, capsys):
         (tmp_path / name).write_text('no picture')
     assert listed(tmp_path)[2] == ['cat', 'dog']
     printed = capsys.readouterr().out
-    assert re.search(r'\b3 pictures\b', printed) and re.search(r'\b5 other files\b', printed)
+    assert re.search(r'\b3 pictures\b', printed) and re.search(r'\b6 other files\b', printed)     # the hidden one, too
     assert '2 classes' in printed and "['cat', 'dog']" in printed and str(tmp_path) in printed
+
+
+def test_links_that_lead_nowhere_are_passed_over_and_counted(tmp_path, capsys):
+    touch(tmp_path, 'cat/1.png', 'dog/2.png')
+    (tmp_path / 'cat' / 'gone.png').symlink_to('nowhere.png')
+    (tmp_path / 'round').symlink_to('round')
+    assert listed(tmp_path)[2] == ['cat', 'dog'] and '2 other files' in capsys.readouterr().out
+
+
+def test_a_folder_of_the_users_is_never_taken_for_a_half_made_dataset(tmp_path, run):
+    make_pictures(tmp_path / 'x.parts', 12)
+    _, message = run('data.py', f'--source={tmp_path}/x.parts', f'--out={tmp_path}/x', '--size=8', '--device=cpu')
+    assert 'x.parts holds other files' in message and '\n' not in message
+    assert len(list((tmp_path / 'x.parts').rglob('*.png'))) == 12
+
+
+@pytest.mark.parametrize('out', ('/', '{}/source/.', '{}/dangling'))
+def test_places_where_no_folder_can_be_made_are_refused_before_the_work(out, tmp_path, run):
+    make_pictures(tmp_path / 'source', 3)
+    (tmp_path / 'dangling').symlink_to('nowhere')
+    _, message = run('data.py', f'--source={tmp_path}/source', f'--out={out.format(tmp_path)}', '--device=cpu')
+    assert 'exists' in message and '\n' not in message
+
+
+def test_a_typo_in_reading_pictures_is_no_damaged_picture(tmp_path, monkeypatch):
+    """A programmer's error keeps its traceback; a damaged file is left out."""
+    touch(tmp_path, 'a.png')
+
+    def typo(image):
+        return nothing_of_this_name  # noqa: F821
+    monkeypatch.setattr(data.ImageOps, 'exif_transpose', typo)
+    with pytest.raises(NameError):
+        data.read_picture(str(tmp_path / 'a.png'))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, 'center_crop', lambda image, size: int('x'))
+    with pytest.raises(ValueError) as error:
+        data.read_picture(str(tmp_path / 'a.png'), 4)
+    assert not isinstance(error.value, data.Unreadable)
 
 
 def test_pictures_beside_class_folders_are_said_to_make_no_classes(tmp_path, capsys):

@@ -230,6 +230,36 @@ def test_a_full_disk_leaves_no_half_made_digits(tmp_path, run):
     assert not (tmp_path / 'data' / 'digits').exists() and not (tmp_path / 'out-digits').exists()
 
 
+def test_a_folder_is_not_drawn_over_and_a_forks_error_is_no_divergence(trained, run, tmp_path, monkeypatch):
+    (tmp_path / 'x.png').mkdir()
+    _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', f'--out={tmp_path}/x.png')
+    assert 'x.png is a folder' in message and '\n' not in message
+
+    def broken(self, *args):
+        assert False, 'a fork checks its shapes'
+    monkeypatch.setattr(LapFlow, 'forward', broken)
+    with pytest.raises(AssertionError, match='checks its shapes'):
+        run('sample.py', f'--ckpt={trained}/ckpt.pt', '--num_samples=1', '--method=dopri5', f'--out={tmp_path}/y.png')
+
+
+def test_a_rank_without_a_world_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    _, message = run('train.py', *TINY, f'--out_dir={tmp_path}/out')
+    assert 'no process 1 of 1' in message and 'torchrun' in message and '\n' not in message
+
+
+def test_the_last_update_may_be_skipped_without_losing_the_run(run, tmp_path, monkeypatch):
+    """A loss that is not finite in the last iteration alone: the weights are sound, and the checkpoint is written."""
+    whole = lapflow.multiscale_loss
+
+    def planted(*args):
+        loss, errors = whole(*args)
+        return loss * np.inf, errors
+    monkeypatch.setattr(lapflow, 'multiscale_loss', planted)
+    printed, message = run('train.py', *TINY, '--max_iters=1', '--eval_interval=1', f'--out_dir={tmp_path}')
+    assert message == '' and 'skipped 1 updates' in printed and load(tmp_path)['iter_num'] == 1
+
+
 def test_a_machine_without_a_compiler_is_told_to_leave_it_out(run, tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     _, message = run('train.py', *TINY, '--compile=True', f'--out_dir={tmp_path}/out')

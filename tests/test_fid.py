@@ -505,6 +505,8 @@ def test_an_output_folder_that_is_not_there_is_said_before_the_work(cli, place):
     assert "no folder 'nowhere' for nowhere/x.npz" in message and '\n' not in message
     message = cli('--samples=none', '--ref=none.npz', '--save_stats=weights.pth/x.npz', weights='none.pth')[2]
     assert "no folder 'weights.pth'" in message
+    message = cli('--samples=none', '--ref=none.npz', '--save_stats=x.txt', weights='none.pth')[2]
+    assert 'save_stats must be NAME.npz' in message and '\n' not in message
     os.makedirs(place / 'somewhere')
     assert cli('--ref=b', '--save_stats=somewhere/x.npz')[2] == '' and (place / 'somewhere' / 'x.npz').exists()
 
