@@ -296,10 +296,11 @@ while iteration < max_iters:
     check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: try a lower '
           f'learning_rate, more warmup_iters or dtype=float32 ({ckpt_path} is untouched)')
     ending = stop or iteration == max_iters
-    if not math.isfinite(loss) and not (ending and in_a_row < 2):
-        print(f'the loss is not finite: {ckpt_path} is not written')
-    elif rank == 0 and (evaluating or stop):
-        save(ckpt_path)     # before what may fail
+    if evaluating or stop:      # save before what may fail
+        if not math.isfinite(loss) and not (ending and in_a_row < 2):
+            print(f'the loss is not finite: {ckpt_path} is not written')
+        elif rank == 0:
+            save(ckpt_path)
     errors = [''] * K
     if evaluating:
         errors = evaluate()
