@@ -114,12 +114,15 @@ def configure(namespace, at_least_1='', inherit=None):
             check(key in defaults, f'{source}: there is no setting {key!r}; the nearest is'
                   f' {nearest!r} (--help lists them all)')
             default, lowest = defaults[key], int(key in at_least_1.split())
-            rule = f'{key} must be of type {type(default).__name__}, like {default!r}'
-            with explain(f'{source}: {rule}, at least {lowest} and below 2^63, not {value!r}',
+            kind = type(default).__name__
+            rule = f'of type {kind}, like {default!r}, at least {lowest} and below 2^63'
+            if kind == 'bool':
+                rule = 'True or False'
+            with explain(f'{source}: {key} must be {rule}, not {value!r}',
                          TypeError, SyntaxError, OverflowError):
                 given[key] = convert(value, default, lowest)
     settings = defaults | given
-    if inherit:
+    if inherit and (given or '--help' not in sys.argv):
         settings |= inherit(settings) | given
     if '--help' in sys.argv:
         for key, value in settings.items():
@@ -159,7 +162,7 @@ def launch(device):
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True
     check(0 <= rank < world, f'there is no process {rank} of {world}: start with torchrun')
-    if world > 1:
+    if 'WORLD_SIZE' in os.environ:      # even if it is 1
         dist.init_process_group(backend, timeout=timedelta(hours=1))    # for slow evaluations
     if rank > 0:
         sys.stdout = open(os.devnull, 'w')      # process 0 speaks for all

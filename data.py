@@ -38,19 +38,13 @@ PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE's decoder, to bound its memory
 
 
 def draw_digit(label, rng):
-    """A (32, 32) uint8 digit, white on black; size, stroke, turn, shear and place are random."""
-    size, stroke = rng.uniform(50, 64), rng.integers(1, 4)
-    angle, shear = rng.uniform(-0.15, 0.15, size=2)
-    shift = rng.uniform(-4, 4, size=2)
+    """A (32, 32) uint8 digit, white on black; size, place, stroke and a small turn are random."""
     canvas = Image.new('L', (64, 64))
-    font = ImageFont.load_default(size)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((32, 32), str(label), fill=255, font=font, anchor='mm', stroke_width=stroke)
-    cos, sin = np.cos(angle), np.sin(angle)
-    matrix = np.array([[cos, sin + shear], [-sin, cos]])
-    offset = 32 - matrix @ (32 + shift)     # Pillow maps output to input
-    affine = np.column_stack([matrix, offset]).flatten()
-    turned = canvas.transform(canvas.size, Image.AFFINE, affine, Image.BILINEAR)
+    font = ImageFont.load_default(rng.uniform(50, 64))
+    place = tuple(rng.uniform(28, 36, size=2))
+    stroke = int(rng.integers(1, 4))
+    ImageDraw.Draw(canvas).text(place, str(label), 255, font, anchor='mm', stroke_width=stroke)
+    turned = canvas.rotate(rng.uniform(-10, 10), Image.BILINEAR)
     return np.asarray(turned.reduce(2))
 
 
@@ -108,7 +102,7 @@ def list_pictures(source):
     named = f'{len(classes)} classes: {reprlib.repr(classes)}'
     if '' in classes:
         classes, labels = [], np.zeros(len(files), int)
-        named = 'no classes, because pictures lie side by side or beside folders'
+        named = 'no classes, because pictures lie in one folder or beside folders'
     print(f'{source!r}: {len(files)} pictures, {others} other files passed over, {named}')
     return files, labels, classes
 

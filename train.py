@@ -120,6 +120,7 @@ if os.path.exists(ckpt_path):
     there = asdict(LapFlowConfig(**saved['model_args'])) | saved['data']
     here = asdict(model_config) | data.meta
     differences = changes(there, here, but=('source', 'vae'))
+    check('optimizer' in saved, f'{ckpt_path} holds weights alone, to draw from')
     check(not differences, f'{ckpt_path} is of other settings or data ({differences}): '
           'give another --out_dir')
     model.load_state_dict(saved['model'])
@@ -128,7 +129,8 @@ if os.path.exists(ckpt_path):
     if ema is not None:
         ema.load_state_dict(saved['ema'] or saved['model'])
     iteration = saved['iter_num']
-    print('resuming', ckpt_path, 'at', iteration, changes(saved['config'], config))
+    print('resuming', ckpt_path, 'at iteration', iteration)
+    print('changed settings:', changes(saved['config'], config) or 'none')
     del saved       # or its tensors stay in memory
 if iteration >= max_iters:
     print(f'{ckpt_path} is finished: {iteration} iterations; to go on, raise max_iters')
@@ -138,7 +140,7 @@ if compile:
     for block in model.blocks:
         block.compile(dynamic=False)
 net = model
-if world > 1:
+if dist.is_initialized():
     net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 if rank == 0:
     vae = load_vae(data.meta, device)
@@ -218,9 +220,11 @@ def evaluate():
             save_grid(f'{out_dir}/samples.png', images)
     except Exception:
         traceback.print_exc()
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(sums)
-    return (sums[0] / sums[1]).tolist()
+    errors = (sums[0] / sums[1]).tolist()
+    print(f'{data.eval_name} errors, finest scale first: {errors}')
+    return errors
 
 
 def save(file):
@@ -287,7 +291,7 @@ while iteration < max_iters:
         continue
     # The processes tell each other of a signal, so that all stop at the same iteration
     report = torch.stack([total, torch.full_like(total, stopping)])
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(report)
     loss, stop = (report / world).tolist()
     rate = (iteration - logged) * batch_size / (time.time() - clock)
@@ -306,7 +310,7 @@ while iteration < max_iters:
         errors = evaluate()
     minutes = (max_iters - iteration) * batch_size / rate / 60
     print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
-          f'{minutes:.0f} minutes left', *errors)
+          f'{minutes:.0f} minutes left')
     if rank == 0:
         with explain(f'cannot write to {out_dir}'):
             row = iteration, loss, lr, norm.item(), rate
@@ -316,7 +320,7 @@ while iteration < max_iters:
     logged, clock = iteration, time.time()
     skipped = torch.zeros_like(skipped)
 
-if world > 1:
+if dist.is_initialized():
     del net         # first: else gloo's threads may outlive the process group, and abort
     gc.collect()
     dist.destroy_process_group()

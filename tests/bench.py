@@ -5,8 +5,9 @@ Speed and cost, measured.
     python tests/bench.py                               # this engine against what it replaces, step for step
     python tests/bench.py --what=loop                   # what surrounds a step: data, evaluation, checkpoints
     python tests/bench.py --what=costs                  # Appendix C beside the FLOP counter
+    python tests/bench.py --what=memory                 # which GPU, how long? Computed, for each of the paper's runs
 
-A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once. Ratios are of interleaved repeats.
+(tests/gpu.py measures on a GPU.) A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once. Ratios are of interleaved repeats.
 """
 import json
 import math
@@ -14,15 +15,17 @@ import os
 import platform
 import statistics
 import sys
+import runpy
 import tempfile
 import time
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -30,7 +33,7 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 import baselines  # noqa: E402
 from configurator import check, configure, launch, precision  # noqa: E402
 from data import Dataset, decode, load_vae, training_order  # noqa: E402
-from model import (LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times,  # noqa: E402
+from model import (ATTENTION, LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times,  # noqa: E402
                    states_and_velocities)
 from sample import (check_solver, generate, load_checkpoint, load_model, noise_of,  # noqa: E402
                     sampling_defaults)
@@ -121,7 +124,7 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
     checkpoint = load_checkpoint(ckpt)
     model, meta = load_model(checkpoint, device), checkpoint['data']
     config = model.config
-    check_solver(config, method, tol, cfg)
+    check_solver(config, method, tol, cfg, checkpoint['config']['label_drop'])
     parameters, vae_parameters, decoder = sum(p.numel() for p in model.parameters()), 0, lambda x: x
     if meta['vae']:
         vae = load_vae(meta, device)
@@ -160,40 +163,50 @@ def dense_attention(q, k, v):
 class Trainer:
     """
     A whole training step (forward, backward, AdamW, EMA) on random data, a call a step. packing is 'packed'; 'padded',
-    all scales for all images under a dense mask; or 'one stage a step', for the whole batch.
+    all scales for all images under a dense mask; or 'one stage a step', for the whole batch. The batch is split into
+    `parts` micro-batches, as by train.py. compiled is '' or a backend of torch.compile. weights_of is another trainer,
+    to use its weights and optimizer.
     """
 
-    def __init__(self, config, batch, device, packing='packed', compiled=False, checkpoint_blocks=False):
-        self.config, self.B, self.device, self.packing = config, batch, device, packing
-        self.autocast, dtype = precision(device, 'auto')
-        self.slow_flash = device == 'cpu' and dtype == 'bfloat16'       # which train.py avoids
-        torch.manual_seed(0)
-        self.model = LapFlow(config).to(device)
-        self.model.checkpoint_blocks = checkpoint_blocks
-        self.ema = [p.detach().clone() for p in self.model.parameters()]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+    def __init__(self, config, batch, device, packing='packed', compiled='', checkpoint_blocks=False, parts=1,
+                 weights_of=None):
+        self.config, self.B, self.device, self.packing, self.parts = config, batch, device, packing, parts
+        self.autocast, self.dtype = precision(device, 'auto')
+        torch.backends.cuda.enable_flash_sdp(device != 'cpu' or self.dtype != 'bfloat16')       # as train.py
+        self.attention = dense_attention if packing == 'padded' else ATTENTION[config.mask]
         self.x1, self.x0 = torch.randn(2, batch, config.channels, config.size, config.size, device=device)
         self.y = torch.zeros(batch, dtype=torch.long, device=device) if config.n_classes else None
         self.steps = 0
-        for block in self.model.blocks:
-            if packing == 'padded':
-                block.attention = dense_attention
-            if compiled:
-                block.compile(dynamic=False)
+        if weights_of:
+            self.model, self.ema, self.optimizer = weights_of.model, weights_of.ema, weights_of.optimizer
+            return
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = LapFlow(config)
+        self.model.checkpoint_blocks = checkpoint_blocks
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        for block in self.model.blocks if compiled else ():
+            block.compile(dynamic=False, backend=compiled)
 
     def __call__(self):
         K, B = self.config.K, self.B
+        for block in self.model.blocks:
+            block.attention = self.attention
         stage = packed_stages(B, K)
         if self.packing == 'padded':
             stage = torch.zeros_like(stage)
         elif self.packing == 'one stage a step':
             stage = torch.full_like(stage, self.steps % K)
         t = stage_times(stage.to(self.device), torch.rand(B, device=self.device), self.config)
-        x_t, u_t = states_and_velocities(self.x1, self.x0, t, stage, self.config)
-        with self.autocast, sdpa_kernel(SDPBackend.MATH) if self.slow_flash else nullcontext():
-            v_t = self.model(x_t, t, self.y)
-        loss, _ = multiscale_loss(v_t, u_t, (1.0,) * K, B)
-        loss.backward()
+        for i in range(self.parts):
+            share = slice(i, None, self.parts)
+            x_t, u_t = states_and_velocities(self.x1[share], self.x0[share], t[share], stage[share], self.config)
+            y = None if self.y is None else self.y[share]
+            with self.autocast:
+                v_t = self.model(x_t, t[share], y)
+            loss, _ = multiscale_loss(v_t, u_t, (1.0,) * K, B)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -238,7 +251,7 @@ def print_ratios(what, seconds, images, flops, ceiling):
               f'({ratios[0]:.2f} to {ratios[-1]:.2f}) |')
 
 
-def matmul_ceiling(device, dtype, n=4096):
+def matmul_ceiling(device, dtype, n=2048):
     """FLOP/s of the best of ten large matrix products."""
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     best = math.inf
@@ -273,17 +286,6 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
     drawn = {name: 20 * trajectory_average(sampler.trainer.config)[0] for name, sampler in samplers.items()}
     print()
     print_ratios('sampling, 20 Euler steps', interleaved(samplers, repeats, 1, device), batch_size, drawn, ceiling)
-    if 'cuda' in device:
-        del steps, samplers
-        for blocks in (False, True):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            step = Trainer(ours, batch_size, device, compiled=compiled, checkpoint_blocks=blocks)
-            for _ in range(2):
-                step()
-            print(f'peak memory of a training step, checkpoint_blocks {blocks}: '
-                  f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB')
-            del step
 
 
 def packed_flops(config, B):
@@ -297,6 +299,114 @@ def packed_flops(config, B):
         x_t, _ = states(images, images, t, stage, config)
         network(config)(x_t, t, y)
     return counter.get_total_flops()
+
+
+def peak_memory(config, images, checkpoint_blocks=False):
+    """
+    GiB that a training step (forward, backward, AdamW) of a packed batch needs at its peak, eager, in bfloat16 autocast:
+    of tensors that have shapes, but no memory. A split batch, or torchrun, holds the
+    gradients, too: 4 bytes a parameter on top, as a GPU's libraries and fragments.
+    """
+    counts = [int((packed_stages(images, config.K) <= k).sum()) for k in range(config.K)]
+    with FakeTensorMode():
+        model = LapFlow(config)
+        model.checkpoint_blocks = checkpoint_blocks
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        x = {k: torch.empty(n, config.channels, config.size >> k, config.size >> k) for k, n in enumerate(counts)}
+        t = torch.empty(images)
+
+        def step():
+            with torch.autocast('cpu', torch.bfloat16):
+                v = model(x, t)
+            loss, _ = multiscale_loss(v, x, (1.0,) * config.K, images)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()      # makes AdamW's state
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, t, *x.values())
+        with tracker:
+            step()
+    return tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total'] / 2 ** 30
+
+
+def resident():
+    """Bytes of memory that this process has now, and had at most since the last call."""
+    status = dict(line.split(':') for line in open('/proc/self/status'))
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')        # begins the maximum anew
+    return [1024 * int(status[key].split()[0]) for key in ('VmRSS', 'VmHWM')]
+
+
+def measured_peak(make_step, device):
+    """GiB that two calls of the function that make_step() returns need at their peak, making it included."""
+    gpu = 'cuda' in device
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if gpu else resident()[0]
+    step = make_step()
+    step()
+    step()
+    peak = torch.cuda.max_memory_allocated() if gpu else resident()[1]
+    return (peak - before) / 2 ** 30
+
+
+CARDS = (16, 24, 40, 80, 141)                   # GiB
+H100, SHARE = 989e12, 0.35                      # its dense bfloat16 FLOP/s, and what is supposed to be reached of them
+PAPER = {       # config: grid, classes, the paper's days of 8 H200 and GB per GPU (Tables 1 and 3)
+    'celebahq256': (32, 0, 1.2, 42.2), 'celebahq512': (64, 0, 3.1, 82.8), 'celebahq1024': (128, 0, 8.3, 120.5),
+    'imagenet256_b2': (32, 1000, 8.5, 24.9), 'imagenet256_xl2': (32, 1000, 9.4, 68.3)}
+
+
+def paper_config(name):
+    """A config of the paper's runs: its LapFlowConfig and its settings."""
+    size, n_classes, _, _ = PAPER[name]
+    settings = runpy.run_path(os.path.join(os.path.dirname(HERE), 'config', f'{name}.py'))
+    fields = {key: settings[key] for key in LapFlowConfig.__dataclass_fields__ if key in settings}
+    return LapFlowConfig(size=size, n_classes=n_classes, **fields), settings
+
+
+def smallest_card(peak):
+    """The smallest card with room for that peak in GiB, a tenth for fragments, and 1 GiB for CUDA and its libraries."""
+    return next((f'{card} GB' for card in CARDS if 1.1 * peak + 1 <= card), 'none')
+
+
+def measured_beside_estimated(width, depth, heads, patch, size, T, batch_size):
+    """The peak of a step with EMA on this CPU, in GiB, and its estimate."""
+    config = LapFlowConfig(size=size, patch=patch, width=width, depth=depth, heads=heads, T=T)
+
+    def make_step():
+        step = Trainer(config, batch_size, 'cpu')
+        torch.backends.cuda.enable_flash_sdp(True)      # as on a GPU
+        return step
+
+    measured = measured_peak(make_step, 'cpu')
+    ema = sum(4 * p.numel() for p in LapFlow(config).parameters()) / 2 ** 30
+    return measured, peak_memory(config, batch_size) + ema
+
+
+def memory(width, depth, heads, patch, size, T, batch_size):
+    """Prints what each of the paper's runs needs: peak memory by images a GPU, and arithmetic."""
+    measured, estimated = measured_beside_estimated(width, depth, heads, patch, size, T, batch_size)
+    print(f'width {width}, depth {depth}, {batch_size} images: {measured:.2f} GiB measured, {estimated:.2f} estimated\n')
+    cases = [(name, images, blocks) for name in PAPER for blocks in (False, True) for images in (32, 8)]
+    with ProcessPoolExecutor() as pool:
+        peaks = pool.map(peak_memory, *zip(*[(paper_config(name)[0], images, blocks) for name, images, blocks in cases]))
+        peaks = dict(zip(cases, peaks))
+    print('| config | parameters | state | peak, 32 images | 8 images | checkpointed: 32 | 8 | smallest card | EFLOPs | '
+          'H100 days | the paper: 8 H200 |\n|' + ' --- |' * 11)
+    for name, (_, _, days, gigabytes) in PAPER.items():
+        config, settings = paper_config(name)
+        with torch.device('meta'):
+            parameters = sum(p.numel() for p in LapFlow(config).parameters())
+        ema = 4 * parameters / 2 ** 30 if settings['ema_decay'] else 0
+        peak = [peaks[name, images, blocks] + ema for blocks in (False, True) for images in (32, 8)]
+        flops = 3 * packed_flops(config, settings['batch_size']) * settings['max_iters']
+        print(f'| {name} | {parameters / 1e6:.0f} M | {16 * parameters / 2 ** 30 + ema:.1f} | '
+              + ' | '.join(f'{n:.1f}' for n in peak) + f' | {smallest_card(peak[0])}; {smallest_card(peak[3])} | '
+              f'{flops / 1e18:.1f} | {flops / H100 / SHARE / 86400:.1f} | {days} days, {gigabytes} GB |', flush=True)
 
 
 def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled, folder):
@@ -332,36 +442,38 @@ def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compi
 
 
 if __name__ == '__main__':
-    what = 'engine'         # the engine against what it replaces; 'loop': what surrounds a step; 'costs': Appendix C
+    what = 'engine'         # or loop, costs, memory: see above
     ckpt = ''               # a checkpoint: its Table-1 row instead
-    batch_size = 0          # 0: 32 on a CPU, 256 on a GPU
+    batch_size = 32
     device = 'auto'
     seeds = 5               # of the NFE and the time at batch 1
     method = 'dopri5'       # these four: the checkpoint's own, unless given
     steps = 50
     tol = 1e-5
     cfg = 1.0
-    width = 0               # 0: on a GPU DiT-B, L and XL, whatever depth and heads; on a CPU 384
+    width = 384
     depth = 6
     heads = 6
     patch = 2
     size = 32
     T = (0.5,)
     repeats = 5
-    compiled = False
-    configure(globals(), at_least_1='seeds steps depth heads patch size repeats',
+    compiled = ''           # a backend of torch.compile, such as inductor
+    configure(globals(), at_least_1='batch_size seeds steps width depth heads patch size repeats',
               inherit=lambda settings: sampling_defaults(settings) if settings['ckpt'] else {})
-    check(what in ('engine', 'loop', 'costs'), f'what must be engine, loop or costs, but it is {what!r}')
+    check(what in ('engine', 'loop', 'costs', 'memory'),
+          f'what must be engine, loop, costs or memory, but it is {what!r}')
     device, _, _ = launch(device)
-    gpu = 'cuda' in device
-    batch_size = batch_size or (256 if gpu else 32)
     if ckpt:
         table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds)
     elif what == 'costs':
         costs()
+    elif what == 'memory':
+        memory(width, depth, heads, patch, size, T, batch_size)
     else:
-        DITS = [(768, 12, 12), (1024, 24, 16), (1152, 28, 16)]
-        for shape in DITS if gpu and not width else [(width or 384, depth, heads)]:
+        args = width, depth, heads, patch, size, T, batch_size, repeats, device, compiled
+        if what == 'engine':
+            engine(*args)
+        else:
             with tempfile.TemporaryDirectory() as folder:
-                rest = (patch, size, T, batch_size, repeats, device, compiled)
-                engine(*shape, *rest) if what == 'engine' else loop(*shape, *rest, folder)
+                loop(*args, folder)

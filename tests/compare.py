@@ -40,7 +40,7 @@ SYSTEMS = {'lapflow': {}, 'image tokens': dict(image_tokens=True), 'three scales
 ABLATIONS = {
     'lapflow': {},
     '2g 1 scale': dict(T=()), '2g 3 scales': dict(T=(0.67, 0.33)), '2g 4 scales': dict(T=(0.75, 0.5, 0.25)),
-    '2b 2c mask self': dict(mask='self'), '2c mask none': dict(mask='none'), '2d T=0.1': dict(T=(0.1,)),
+    '2c mask self': dict(mask='self'), '2c mask none': dict(mask='none'), '2d T=0.1': dict(T=(0.1,)),
     '2d T=0.2': dict(T=(0.2,)), '2d T=0.9': dict(T=(0.9,)), '2f GVP': dict(path='gvp'), 'D cubic': dict(path='cubic'),
     'D quadratic': dict(path='quadratic'), '2f 1 scale with GVP': dict(T=(), path='gvp'),
     '5 T=0.9 0.33': dict(T=(0.9, 0.33)), '5 T=0.67 0.1': dict(T=(0.67, 0.1)),
@@ -50,16 +50,16 @@ CHANGES = {
     'image T=0.3': dict(image_tokens=True, T=(0.3,)), 'image T=0.7': dict(image_tokens=True, T=(0.7,)),
     'image mask none': dict(image_tokens=True, mask='none'),
     'image all shared': dict(image_tokens=True, shared='qkv,proj,ffn,mod'),
+    'image qkv separate': dict(image_tokens=True, shared='ffn,mod,proj'), 'qkv separate': dict(shared='ffn,mod,proj'),
     'edify 3 scales': dict(flow='edify', T=(0.67, 0.33))}
 VARIANTS = SYSTEMS | ABLATIONS | CHANGES
-NETWORK = dict(width=128, depth=4, heads=4)
 TRAINING = ('--batch_size=64 --learning_rate=2e-3 --min_lr=2e-3 --warmup_iters=50 --beta2=0.99 --ema_decay=0.999 '
             '--eval_interval=100_000 --log_interval=100 --sample_images=10 --compile=False').split()
 
 
 def flops_of(**variant):
     """Forward FLOPs of a batch of the dataset's images, for the network with a variant's settings."""
-    settings = NETWORK | dict(size=data.meta['size'], channels=data.meta['channels'], patch=patch,
+    settings = network | dict(size=data.meta['size'], channels=data.meta['channels'], patch=patch,
                               n_classes=len(data.meta['classes'])) | variant
     config = FlowConfig(**settings) if 'flow' in variant else LapFlowConfig(**settings)
     return packed_flops(config, 64)
@@ -95,7 +95,7 @@ def judge_at(point, name, seed, before):
     iterations = round(point * flops_of() / flops)
     os.makedirs(folder, exist_ok=True)
     log, flow = f'{folder}/log.txt', args.get('flow')
-    settings = [f'--{key}={value}' for key, value in (NETWORK | dict(patch=patch) | args).items() if key != 'flow']
+    settings = [f'--{key}={value}' for key, value in (network | dict(patch=patch) | args).items() if key != 'flow']
     run('train.py', log, flow, *settings, *TRAINING, *extra.split(), f'--dataset={dataset}', f'--seed={seed}',
         f'--out_dir={folder}', f'--max_iters={iterations}')
     reached = torch.load(f'{folder}/ckpt.pt', weights_only=True)['iter_num']
@@ -117,16 +117,20 @@ if __name__ == '__main__':
     seeds = 1               # 0, 1, ...
     points = (500.0, 1000.0, 2000.0, 4000.0, 8000.0)
     patch = 4
+    width = 128
+    depth = 4
+    heads = 4
     num_samples = 2000      # to be judged
     extra = ''              # more settings of train.py for all, with spaces between them; not the batch size
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
-    configure(globals(), at_least_1='seeds points patch num_samples workers')
+    configure(globals(), at_least_1='seeds points patch width depth heads num_samples workers')
     names = {'systems': SYSTEMS, 'ablations': ABLATIONS, 'changes': CHANGES}.get(only, only.split(','))
     for name in names:
         check(name in VARIANTS, f'there is no variant {name!r}: only takes systems, ablations, changes or any of '
               f'{", ".join(VARIANTS)}')
-    settings = dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra)
+    network = dict(width=width, depth=depth, heads=heads)
+    settings = dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra, **network)
     file = f'{out_dir}/settings.json'
     with explain(f'cannot use {file}'):
         os.makedirs(out_dir, exist_ok=True)

@@ -161,6 +161,23 @@ def compiling(request):
         yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def rehearsal(request):
+    """
+    The rehearsal of tests/gpu.py on this CPU, started before all tests if one of them asks for it, for it takes a
+    minute: its process and its folder of results.
+    """
+    if any('rehearsal' in item.fixturenames and 'gpu' in item.module.__name__ for item in request.session.items):
+        folder = request.getfixturevalue('workplace')
+        with open(folder / 'rehearsal.txt', 'w') as output:
+            job = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests/gpu.py'), '--device=cpu', '--small=True',
+                                    '--results=results-gpu'], cwd=folder, stdout=output, stderr=output)
+        yield job, folder / 'results-gpu'
+        job.kill()
+    else:
+        yield
+
+
 @pytest.fixture(scope='session')
 def vae_folder(tmp_path_factory):
     """A VAE with random weights that halves the grid, as save_pretrained leaves it."""

@@ -2,17 +2,18 @@
 
     python tests/figures.py --ckpt out-digits/ckpt.pt
     python tests/figures.py --only=packed,attention
+    python tests/figures.py --only=trajectory --ckpt assets/fashion.pt --label=7
 
 pyramid.png     a digit, its Laplacian pyramid, and the sum that `reconstruct` makes of it
 timeline.png    when every scale starts (`alpha`, `sigma`), and at which times each stage trains (`stage_times`)
 attention.png   which token moves which, found by perturbing each, and the calls that `block_causal_attention` makes
 packed.png      a packed batch (`packed_stages`) beside a padded one
-trajectory.png  sample 0 of any checkpoint through time, by Euler steps; trajectory.gif has the same frames
+trajectory.png  a sample of any checkpoint through time, by Euler steps; trajectory.gif has the same frames
 digits.png      100 guided digits, as in samples.png
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
-clothes.png     real pictures beside those of two runs of compare.py (--runs=out-compare) and two of config/fashion.py
+clothes.png     real pictures above those of --fashion; needs data/fashion
 
 The same checkpoint gives the same pictures on the same machine."""
 import io
@@ -152,9 +153,9 @@ def attention():
         x, y = (0, -0.8) if k == 0 else (keys + 0.6, top + queries / 2)
         right.text(x, y, f'call {k + 1}: queries × keys = {queries} × {keys}', color=COLOURS[k], va='center')
         top += queries + 1
-    left.text(N / 2, -2.3, 'perturbed token, by scale', ha='center', va='center')
-    left.text(-2.3, N / 2, 'moved token, by scale', ha='center', va='center', rotation=90)
-    left.text(0, 25, 'grey: not moved, bit for bit')
+    left.text(N / 2, -2.3, 'changed input token, by scale', ha='center', va='center')
+    left.text(-2.3, N / 2, 'output token that it changes', ha='center', va='center', rotation=90)
+    left.text(0, 25, 'grey: unchanged, bit for bit')
     right.text(0, 25, f'together {sum(q * n for q, n in sizes)} of {N * N} pairs of tokens')
     for axes in (left, right):
         axes.set(xlim=(-2.8, N), ylim=(25.2, -2.8), aspect='equal')
@@ -200,38 +201,52 @@ class Recorded(torch.nn.Module):
         return self.model(x_t, t, y)
 
 
-def frame(t, state, side, join):
+def words(width, height, text, background='black'):
+    image = Image.new('RGB', (width, height), background)
+    ImageDraw.Draw(image).text((width / 2, height / 2), text, anchor='mm', font_size=15)
+    return np.asarray(image)
+
+
+def cells(state, side):
     """
-    A picture of a state in the manner of the paper's Figure 1: every scale, coarsest first, mid-grey for 0 (of latents
-    three channels), and the image that they are together, decoded; in squares that np.hstack or np.vstack joins.
+    A state in the manner of the paper's Figure 1, a square picture each: every scale, coarsest first, mid-grey for 0 (of
+    latents three channels), and the image that they are together, decoded.
     """
     scales = [state.get(k) for k in reversed(range(model.config.K))]
     image = decode(vae, reconstruct(list(state.values())), meta)
-    cells = []
     for x in (*scales, image):
-        cell = Image.new('RGB', (side + 4, side + 4))
-        if x is not None:       # else it has not joined yet
-            pixels = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze())
-            cell.paste(pixels.resize((side, side), Image.NEAREST), (2, 2))
-        cells.append(np.asarray(cell))
-    cells = join(cells)
-    heading = Image.new('RGB', (cells.shape[1], 16))
-    ImageDraw.Draw(heading).text((heading.width / 2, 8), f't = {t:.2f}', anchor='mm', font_size=17)
-    return np.vstack([heading, cells])
+        if x is None:
+            yield words(side, side, 'not yet', '#5b6b8c')
+        else:
+            pixels = Image.fromarray(to_uint8(x)[0, ..., :3].squeeze()).convert('RGB')
+            yield np.asarray(pixels.resize((side, side), Image.NEAREST))
+
+
+def joined(arrays, axis):
+    """Pictures side by side (axis 1) or below each other (axis 0), with black lines of 4 pixels between them."""
+    line = [(2, 2) if i == axis else (0, 0) for i in range(2)] + [(0, 0)]
+    return np.concatenate([np.pad(array, line) for array in arrays], axis)
 
 
 def trajectory():
     config, recorded = model.config, Recorded(model)
-    noise = noise_of(0, [0], (config.channels, config.size, config.size))
-    y = torch.tensor([0]) if config.n_classes else None
+    noise = noise_of(0, range(label + 1), (config.channels, config.size, config.size))[label:]
+    y = torch.tensor([label]) if config.n_classes else None
     x, _ = generate(recorded, noise, y, 'euler', 40, cfg=solver['cfg'])
     finished = dict(enumerate(laplacian_pyramid(x, config.K)))
     frames = [*recorded.frames[::4], (1.0, finished)]
-    columns = [frame(t, state, 96, np.vstack) for t, state in frames]
-    Image.fromarray(np.hstack(columns)).save(f'{out}/trajectory.png')
-    first, *others = [Image.fromarray(frame(t, state, 128, np.hstack)).quantize(32) for t, state in frames]
-    first.save(f'{out}/trajectory.gif', save_all=True, append_images=others, loop=0,
-               duration=[400] * len(others) + [2000])     # milliseconds
+    names = [f'scale {k}' for k in reversed(range(config.K))] + ['their sum']
+    columns = [joined([words(72, 18, ''), *(words(72, 96, name) for name in names)], 0)]
+    for t, state in frames:
+        columns.append(joined([words(96, 18, f't = {t:.1f}'), *cells(state, 96)], 0))
+    Image.fromarray(joined(columns, 1)).save(f'{out}/trajectory.png', optimize=True)
+    pages = []
+    for t, state in frames:
+        names_and_cells = [joined([words(128, 18, name), cell], 0) for name, cell in zip(names, cells(state, 128))]
+        row = joined(names_and_cells, 1)
+        pages.append(Image.fromarray(joined([words(row.shape[1], 18, f't = {t:.1f}'), row], 0)).quantize(64))
+    pages[0].save(f'{out}/trajectory.gif', save_all=True, append_images=pages[1:], loop=0,
+                  duration=[400] * (len(pages) - 1) + [2000])       # milliseconds
 
 
 def digits():
@@ -297,37 +312,41 @@ def distance():
 
 
 def clothes():
-    data, images = Dataset('fashion'), {}
+    """Real pictures of Fashion-MNIST, two of each class, above those that a checkpoint draws."""
+    data = Dataset('fashion')
     y = data.labels[data.rows[data.eval_index]]
     first = [data.eval_index[y == c][:2] for c in range(10)]
-    images['real'] = to_uint8(data.batch(np.stack(first, 1).flatten())[0])
-    files = f'{runs}/lapflow-0/ckpt.pt', f'{runs}/single-scale-0/ckpt.pt', *fashion.split(',')
-    drawn = dict(zip(('LapFlow', 'single scale', '15 minutes', 'an hour'), files))
-    for label, file in drawn.items():
-        checkpoint = load_checkpoint(file)
-        model = load_model(checkpoint, 'cpu')
-        images[label] = draw(model, None, checkpoint['data'], 0, range(20), range(10), nullcontext(),
-                             method='midpoint', steps=10, tol=1e-5, cfg=2.0)[0]
-    figure, panels = plt.subplots(len(images), 1, figsize=(WIDTH, 1.75 * len(images)))
-    for panel, (label, pictures) in zip(panels, images.items()):
-        grid = pictures[..., 0].reshape(2, 10, 32, 32).transpose(0, 2, 1, 3).reshape(64, 320)
+    checkpoint = load_checkpoint(fashion)
+    drawn = draw(load_model(checkpoint, 'cpu'), None, checkpoint['data'], 0, range(40), range(10), nullcontext(),
+                 **sampling_defaults(dict(ckpt=fashion)))[0]
+    images = {'real': to_uint8(data.batch(np.stack(first, 1).flatten())[0]), 'drawn': drawn}
+    figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 5.2), height_ratios=(1, 2))
+    for panel, (name, pictures) in zip(panels, images.items()):
+        rows = len(pictures) // 10
+        grid = pictures[..., 0].reshape(rows, 10, 32, 32).transpose(0, 2, 1, 3).reshape(32 * rows, 320)
         panel.imshow(grid, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        panel.set(xticks=[], yticks=[], ylabel=label)
+        panel.set(xticks=[], yticks=[], ylabel=name)
         panel.spines[['left', 'bottom']].set_visible(False)
     save(figure, 'clothes')
 
 
 def solvers():
     styles = {'euler': (DARK, 'o-'), 'midpoint': (RED, 's-'), 'heun2': (VIOLET, 'D-'), 'rk4': ('#b08a1e', '^-'),
-              'explicit_adams': (TEAL, 'v-'), 'dopri5': (GREY, 'P-')}
+              'dopri5': (GREY, 'P-')}
+    rows = json.loads((RESULTS / 'solvers.json').read_text())['rows']
     figure, axes = plt.subplots(figsize=(WIDTH, 4))
     for method, (colour, style) in styles.items():
-        rows = [row for row in json.loads((RESULTS / 'solvers.json').read_text())['rows'] if row['solver'] == method]
-        axes.plot([row['nfe'] for row in rows], [row['frechet'] for row in rows], style, color=colour, label=method)
-    axes.text(10.7, 25.6, 'midpoint, 5 steps', color=RED)
-    axes.text(221, 30, 'dopri5 at 1e-5', color=GREY, ha='center')
-    axes.set(xlim=(4.3, 330), ylim=(24, 48))
-    finish(axes, 'evaluations of the model (NFE)', {x: x for x in (5, 10, 20, 40, 80, 160, 320)}, (25, 30, 35, 40, 45),
+        of_method = [row for row in rows if row['solver'] == method]
+        axes.plot([row['nfe'] for row in of_method], [row['frechet'] for row in of_method], style, color=colour,
+                  label=method)
+    for row in rows:
+        if (row['solver'], row['setting']) in (('midpoint', '5'), ('dopri5', '1e-5')):
+            axes.annotate(f'{row["solver"]}, {row["setting"]}', (row['nfe'], row['frechet']), (0, -16),
+                          textcoords='offset points', ha='center', color=styles[row['solver']][0])
+    distances = [row['frechet'] for row in rows]
+    ticks = range(5 * int(min(distances) // 5), int(max(distances)) + 5, 5)
+    axes.set(xlim=(4.3, 400), ylim=(min(ticks), max(distances) + 2))
+    finish(axes, 'evaluations of the model (NFE)', {x: x for x in (5, 10, 20, 40, 80, 160, 320)}, ticks,
            'one network, 1,000 samples')
     save(figure, 'solvers')
 
@@ -335,8 +354,8 @@ def solvers():
 if __name__ == '__main__':
     ckpt = 'out-digits/ckpt.pt'
     out = 'assets'
-    runs = 'out-compare'    # of compare.py --dataset=fashion
-    fashion = 'out-fashion/ckpt.pt,out-hour/ckpt.pt'    # config/README.md's: 15 minutes, an hour
+    fashion = 'assets/fashion.pt'
+    label = 0               # of the sample that trajectory shows
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
     figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,

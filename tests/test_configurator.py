@@ -51,7 +51,7 @@ def test_values_arrive_with_the_settings_type(argv, key, value):
     (['--CONSTANT=3'], ("'CONSTANT'",)), (['--_private=3'], ("'_private'",)),
     (['--iters=1.5'], ('iters', 'int', '1.5')), (['--iters=many'], ('iters', 'int', 'many')),
     (['--iters=True'], ('iters', 'int')), (['--rate=fast'], ('rate', 'float', 'fast')),
-    (['--flag=1'], ('flag', 'bool', 'like False')), (['--T=half'], ('T', 'tuple', 'like (0.5,)')),
+    (['--flag=1'], ('flag', 'True or False')), (['--T=half'], ('T', 'tuple', 'like (0.5,)')),
     (["--T=('a',)"], ('T', 'tuple')), (['--T='], ('T', 'tuple')), (['--T=None'], ('T', 'tuple', 'None')),
     (['--iters'], ('--iters', 'needs a value')), (['--iters', '--flag=True'], ('iters', 'int', "'--flag=True'")),
     (['nothing.py'], ('nothing.py', 'config file')), (['iters=3'], ('iters=3', '--key=value'))))
@@ -81,7 +81,7 @@ def test_config_files_come_first_to_last_and_are_checked(tmp_path, monkeypatch):
 @pytest.mark.parametrize('text, words', (
     ('T = None', ('T', 'tuple', 'None')), ('T = (0.5, None)', ('T', 'tuple')), ('T = {0.5: 1}, 1', ('T', 'tuple')),
     ('import numpy as np\niters = np.int64(3)', ('iters', 'int', '3')), ('iters = 3.0', ('iters', 'int', '3.0')),
-    ('name = 3', ('name', 'str', '3')), ('flag = 1', ('flag', 'bool', 'like False')),
+    ('name = 3', ('name', 'str', '3')), ('flag = 1', ('flag', 'True or False')),
     ('from math import pi', ("'pi'",)), ('def double(x):\n    return 2 * x', ("'double'",)),
     ('HALF = 0.5', ("'HALF'",)), ('rates = [1]', ("'rates'", "'rate'")), ('', ('assigns no settings',)),
     ('import math', ('assigns no settings',)),
@@ -216,7 +216,7 @@ def test_what_must_be_at_least_1_are_settings_that_are(script):
     for name in names:
         assert type(defaults.get(name)) in (int, tuple) and len(set(names)) == len(names), name
         assert min(defaults[name] if type(defaults[name]) is tuple else [defaults[name]]) >= 1, name
-    assert names or script in ('tests/judge.py', 'tests/figures.py', 'tests/fashion.py')
+    assert names or script in [f'tests/{name}.py' for name in ('judge', 'figures', 'fashion', 'export', 'gpu')]
 
 
 @pytest.mark.parametrize('script', ('train.py', 'sample.py', 'data.py', 'fid.py'))
@@ -273,7 +273,7 @@ def test_a_folder_of_comparisons_is_of_one_setting(workplace, tmp_path, monkeypa
             compare('--patch=2', '--extra=--T=0.3')
     assert os.listdir(tmp_path / 'deep' / 'x') == ['settings.json.tmp']
     # Nothing was begun. The dataset, which is not there, ends these before they train.
-    work = dict(dataset='none', patch=4, num_samples=2000, extra='--cfg=1 é')
+    work = dict(dataset='none', patch=4, num_samples=2000, extra='--cfg=1 é', width=128, depth=4, heads=4)
     for _ in range(2):
         assert 'data/none is not a' in compare('--dataset=none', '--extra=--cfg=1 é')
         assert json.loads((tmp_path / 'deep' / 'x' / 'settings.json').read_text()) == work
@@ -313,3 +313,9 @@ def test_another_dtype_or_device_is_refused():
             launch(device)
     assert launch('cpu') == ('cpu', 0, 1)
     barrier()       # of one process: nothing to wait for
+
+
+def test_a_missing_checkpoint_is_said_and_help_needs_none(run):
+    assert run('sample.py', '--ckpt=none.pt') == ('', "sample.py: there is no file 'none.pt'")
+    printed, message = run('sample.py', '--help')
+    assert message == '' and "--ckpt='out/ckpt.pt'" in printed.splitlines()

@@ -12,7 +12,7 @@ import torch
 
 import sample
 from conftest import ROOT, TINY
-from model import reconstruct
+from model import LapFlow, multiscale_loss, reconstruct
 from test_configurator import script_defaults
 
 DOCUMENTS = ('README.md', 'config/README.md', 'tests/README.md')
@@ -20,7 +20,7 @@ TEXT = {}
 for name in DOCUMENTS:
     with open(os.path.join(ROOT, name)) as f:
         TEXT[name] = f.read()
-README, CONFIG = TEXT['README.md'], TEXT['config/README.md']
+README, CONFIG, MAP = (TEXT[name] for name in DOCUMENTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,12 +32,12 @@ def source_of(file, name):
     with open(os.path.join(ROOT, file)) as f:
         text = f.read()
     nodes = [node for node in ast.parse(text).body if getattr(node, 'name', None) == name]
-    assert nodes, f'README names {file}:{name}, which does not exist'
+    assert nodes, f'the map names {file}:{name}, which does not exist'
     return ast.get_source_segment(text, nodes[0])
 
 
 def rows():
-    table = README.split('## From the paper to the code')[1].split('\n## ')[0]
+    table = MAP.split('## From the paper to the code')[1].split('\n## ')[0]
     lines = [line for line in table.splitlines() if line.startswith('|')]
     found = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines][2:]
     assert len(found) >= 10
@@ -63,7 +63,7 @@ def test_every_equation_tag_in_the_code_is_in_the_map():
     for file in ('model.py', 'train.py', 'sample.py', 'tests/baselines.py'):
         with open(os.path.join(ROOT, file)) as f:
             tagged |= set(re.findall(r'Eq\. \(\w+\)|Alg\. \d', f.read()))
-    assert tagged <= set(re.findall(r'Eq\. \(\w+\)|Alg\. \d', README))
+    assert tagged <= set(re.findall(r'Eq\. \(\w+\)|Alg\. \d', MAP))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,27 +145,67 @@ def run_block(code, trained, monkeypatch):
     return variables
 
 
-def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, monkeypatch):
-    solve, ends = sample.odeint_scales, []
+def example(word):
+    """The block of Python in the documents that holds a word."""
+    found = [block for text in (README, CONFIG) for block in blocks(text, 'python') if word in block]
+    assert len(found) == 1, word
+    return found[0]
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The states at the end of every segment of the ODE."""
+    solve, states = sample.odeint_scales, []
 
     def recording(*args):
-        ends.append(solve(*args))
-        return ends[-1]
+        states.append(solve(*args))
+        return states[-1]
     monkeypatch.setattr(sample, 'odeint_scales', recording)
-    variables = run_block(blocks(README, 'python')[0], trained, monkeypatch)
-    assert torch.equal(reconstruct(list(ends[-1].values())), variables['x'])
+    return states
+
+
+def test_the_lines_for_a_python_shell_train_and_draw(trained, monkeypatch):
+    code = example('shell.png')
+    assert len(code.splitlines()) <= 25 and 'range(600)' in code
+    found = run_block(code.replace('range(600)', 'range(25)'), trained, monkeypatch)
+    before, _ = multiscale_loss(LapFlow(found['config'])(found['x_t'], found['t'], found['y']), found['u_t'], (1, 1), 64)
+    assert found['loss'] < 0.6 * before
+    assert found['x'].shape == (20, 1, 32, 32) and found['nfe'] == 20 and os.path.exists('shell.png')
+
+
+def test_inpainting_keeps_what_is_known_and_draws_the_rest(trained, monkeypatch):
+    shutil.copytree(os.path.join(ROOT, 'assets'), trained.parent / 'assets', dirs_exist_ok=True)
+    found = run_block(example('Inpainter'), trained, monkeypatch)
+    image, pictures = found['image'], torch.stack(found['pictures'][1:])
+    assert (pictures[..., :16] - image[..., :16]).abs().max() < 1e-5
+    rest = pictures[..., 16:].clamp(-1, 1)
+    assert (rest[0] - rest[1]).abs().mean() > 0.05 and (rest - image[..., 16:]).abs().mean() > 0.05
+    known = (torch.rand(1, 1, 32, 32) < 0.8).float()        # in blocks of which parts are known, too
+    x, _ = sample.generate(found['Inpainter'](found['model'], image, known, found['noise']), found['noise'], found['y'],
+                           'euler', 4)
+    block = torch.nn.functional.max_pool2d(1 - known, 2) == 0
+    whole = block.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(image.shape)
+    assert (x - image)[whole].abs().max() < 1e-5 and (x - image)[~whole].abs().mean() > 0.05
+
+
+def test_fixing_the_coarse_noise_fixes_the_coarse_image(trained, ends, monkeypatch):
+    found = run_block(example('details.png'), trained, monkeypatch)
+    assert torch.equal(reconstruct(list(ends[-1].values())), found['x'])
     fine, coarse = (state.unflatten(0, (4, 10)) for state in ends[-1].values())
     assert (coarse - coarse[:, :1]).abs().max() < 1e-5 and (coarse[1:, 0] - coarse[:-1, 0]).abs().max() > 0.1
     assert fine.std(1).mean() > 0.01
 
 
-def test_an_upscaled_image_is_the_given_one_when_pooled(trained, monkeypatch):
-    variables = run_block(blocks(CONFIG, 'python')[0], trained, monkeypatch)
-    pooled = torch.nn.functional.avg_pool2d(variables['image'], 2)
+def test_an_upscaled_image_is_the_given_one_when_pooled(trained, ends, monkeypatch):
+    found = run_block(example('Upscaler'), trained, monkeypatch)
+    pooled = torch.nn.functional.avg_pool2d(found['image'], 2)
     # All but the model's own mean of the residual, zero in the data and near it in any model
-    residual = variables['x'] - torch.nn.functional.interpolate(pooled, scale_factor=2)
+    residual = found['x'] - torch.nn.functional.interpolate(pooled, scale_factor=2)
     drift = torch.nn.functional.avg_pool2d(residual, 2)
     assert drift.abs().mean() < 0.2 * residual.abs().mean()
+    upscaler = found['Upscaler'](found['model'], pooled, found['noise'])
+    guided, _ = sample.generate(upscaler, found['noise'], found['y'], 'euler', 40, cfg=3)
+    assert (ends[-1][1] - pooled).abs().max() < 1e-5 and not torch.equal(guided, found['x'])
 
 
 def copy_changed(change, folder):
@@ -185,8 +225,7 @@ def copy_changed(change, folder):
             above = kept = line + '\n'
 
 
-CHANGES = {'quartic': (blocks(README, 'diff')[0], ['--path=quartic']),
-           'attributes': (blocks(CONFIG, 'diff')[0], ['--dataset=vectors'])}
+CHANGES = {'attributes': (blocks(CONFIG, 'diff')[0], ['--dataset=vectors'])}
 
 
 @pytest.mark.parametrize('name', CHANGES)

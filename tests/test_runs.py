@@ -226,3 +226,21 @@ def test_a_run_begun_by_one_process_goes_on_with_two(latent_run):
     one, mixed = (torch.load(latent_run / out / 'ckpt.pt', weights_only=True) for out in ('one', 'mixed'))
     for name in one['model']:
         torch.testing.assert_close(one['model'][name], mixed['model'][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('settings, words', [
+    (['--ckpt', 'out-whole/ckpt.pt', '--seeds=1', '--batch_size=2'], 'GFLOPs per evaluation'),
+    (['--what=engine'], 'sampling, 20 Euler steps'), (['--what=loop'], 'saving a checkpoint')])
+def test_bench_measures(settings, words, trained, run):
+    small = ['--width=32', '--depth=1', '--heads=2', '--size=8', '--batch_size=4', '--repeats=1']
+    printed, message = run('tests/bench.py', '--device=cpu', *(small if '--what' in settings[0] else []), *settings)
+    assert message == '' and words in printed
+
+
+def test_figures_and_solvers_read_a_checkpoint(trained, run):
+    names = 'packed,trajectory,digits,solvers'
+    printed, message = run('tests/figures.py', '--ckpt', 'out-whole/ckpt.pt', f'--only={names}', '--out=figures')
+    assert message == '' and all(f'{name}.png' in os.listdir('figures') for name in names.split(','))
+    printed, message = run('tests/solvers.py', '--ckpt', 'out-whole/ckpt.pt', '--runs=euler:2,dopri5:1e-1',
+                           '--num_samples=20', '--hold_coarsest=True')
+    assert message == '' and [line.split('|')[1] for line in printed.splitlines()[2:]] == [' euler, 2 ', ' dopri5, 1e-1 ']
