@@ -304,8 +304,8 @@ def packed_flops(config, B):
 def peak_memory(config, images, checkpoint_blocks=False):
     """
     GiB that a training step (forward, backward, AdamW) of a packed batch needs at its peak, eager, in bfloat16 autocast:
-    of tensors that have shapes, but no memory. A split batch, or torchrun, holds the
-    gradients, too: 4 bytes a parameter on top, as a GPU's libraries and fragments.
+    of tensors that have shapes, but no memory. Gradients are held throughout, as by a
+    split batch and by torchrun. A GPU's libraries and fragments come on top.
     """
     counts = [int((packed_stages(images, config.K) <= k).sum()) for k in range(config.K)]
     with FakeTensorMode():
@@ -321,9 +321,9 @@ def peak_memory(config, images, checkpoint_blocks=False):
             loss, _ = multiscale_loss(v, x, (1.0,) * config.K, images)
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
 
-        step()      # makes AdamW's state
+        step()      # makes gradients and AdamW's state
         tracker = MemTracker()
         tracker.track_external(model, optimizer, t, *x.values())
         with tracker:
@@ -374,11 +374,11 @@ def smallest_card(peak):
 
 
 def measured_beside_estimated(width, depth, heads, patch, size, T, batch_size):
-    """The peak of a step with EMA on this CPU, in GiB, and its estimate."""
+    """The peak of a step of two micro-batches with EMA on this CPU, in GiB, and its estimate."""
     config = LapFlowConfig(size=size, patch=patch, width=width, depth=depth, heads=heads, T=T)
 
     def make_step():
-        step = Trainer(config, batch_size, 'cpu')
+        step = Trainer(config, 2 * batch_size, 'cpu', parts=2)
         torch.backends.cuda.enable_flash_sdp(True)      # as on a GPU
         return step
 
@@ -395,8 +395,8 @@ def memory(width, depth, heads, patch, size, T, batch_size):
     with ProcessPoolExecutor() as pool:
         peaks = pool.map(peak_memory, *zip(*[(paper_config(name)[0], images, blocks) for name, images, blocks in cases]))
         peaks = dict(zip(cases, peaks))
-    print('| config | parameters | state | peak, 32 images | 8 images | checkpointed: 32 | 8 | smallest card | EFLOPs | '
-          'H100 days | the paper: 8 H200 |\n|' + ' --- |' * 11)
+    print('| config | parameters | state, GiB | peak, 32 images | 8 images | checkpointed: 32 | 8 | smallest card | EFLOPs | '
+          'H100 days | the paper, on 8 H200 |\n|' + ' --- |' * 11)
     for name, (_, _, days, gigabytes) in PAPER.items():
         config, settings = paper_config(name)
         with torch.device('meta'):

@@ -219,7 +219,7 @@ def speed(name, size=32, T=(0.5,), B=256, micro=32, padded=True, run_of=None):
             record('runs', config=run_of, **{'images/s of one GPU': f'{rate:.0f}', 'micro-batch': micro})
     del steps
     for blocks, estimate in zip((False, True), estimates):      # eager, as is estimated
-        measured = measured_peak(lambda: Trainer(ours, micro, device, checkpoint_blocks=blocks), device)
+        measured = measured_peak(lambda: Trainer(ours, 2 * micro, device, checkpoint_blocks=blocks, parts=2), device)
         with torch.device('meta'):
             ema = sum(4 * p.numel() for p in LapFlow(ours).parameters()) / 2 ** 30
         record('memory', network=f'DiT-{name}/2, {size} grid, T = {T}', **{

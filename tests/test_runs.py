@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, finish, run_in, start_two
+from conftest import ROOT, TINY, finish, run_in, start_two
 from data import Dataset
 from test_train import same
 
@@ -244,3 +244,18 @@ def test_figures_and_solvers_read_a_checkpoint(trained, run):
     printed, message = run('tests/solvers.py', '--ckpt', 'out-whole/ckpt.pt', '--runs=euler:2,dopri5:1e-1',
                            '--num_samples=20', '--hold_coarsest=True')
     assert message == '' and [line.split('|')[1] for line in printed.splitlines()[2:]] == [' euler, 2 ', ' dopri5, 1e-1 ']
+
+
+def test_an_exported_checkpoint_draws_the_same_pictures_and_is_not_trained_on(trained, run):
+    printed, message = run('tests/export.py', '--ckpt', 'out-whole/ckpt.pt', '--out=exported/ckpt.pt')
+    assert message.startswith('export.py: cannot write exported/ckpt.pt')
+    os.makedirs('exported')
+    assert run('tests/export.py', '--ckpt', 'out-whole/ckpt.pt', '--out=exported/ckpt.pt')[1] == ''
+    sizes = [os.path.getsize(f'{folder}/ckpt.pt') for folder in ('exported', 'out-whole')]
+    assert sizes[0] < 0.25 * sizes[1]       # of 16 bytes a weight, EMA, moments, 2 are left
+    images = []
+    for folder in ('exported', 'out-whole'):
+        assert run('sample.py', '--ckpt', f'{folder}/ckpt.pt', '--num_samples=20', f'--out={folder}.npz')[1] == ''
+        images.append(np.load(f'{folder}.npz')['arr_0'].astype(int))
+    assert abs(images[0] - images[1]).max() <= 2 and images[0].std() > 1
+    assert run('train.py', *TINY, '--out_dir=exported')[1].startswith('train.py: exported/ckpt.pt holds weights alone')

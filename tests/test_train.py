@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,7 +20,7 @@ import baselines
 import data
 import model as lapflow
 import sample as sampler
-from conftest import TINY, finish, run_in, start_two, started
+from conftest import ROOT, TINY, finish, run_in, start_two, started
 from data import Dataset, make_digits, training_order
 from model import LapFlow, LapFlowConfig
 
@@ -715,3 +717,13 @@ def test_a_diverged_run_stops_with_a_sentence_and_keeps_its_checkpoint(run, tmp_
                      '--grad_clip=0.0', '--log_interval=7', '--eval_interval=21')
     assert 'not finite' in message and 'untouched' in message and 'learning_rate' in message
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('world, joined', [('1', 'True'), (None, 'False')])
+def test_one_process_of_torchrun_joins_a_group(world, joined):
+    env = dict(os.environ, RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+    if world:
+        env['WORLD_SIZE'] = world
+    code = "import torch.distributed as d; from configurator import launch; launch('cpu'); print(d.is_initialized())"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [joined]
