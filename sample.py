@@ -151,7 +151,7 @@ def save_grid(file, images, columns=10):
 
 def load_checkpoint(file):
     """The dict that train.py saved, on the CPU. Tensors are read when they are used."""
-    check(os.path.isfile(file), f'there is no file {file!r}')
+    check(os.path.isfile(file), f'there is no checkpoint {file!r}: train.py makes them')
     with explain(f'{file!r} is not a checkpoint of this train.py, or is damaged',
                  RuntimeError, KeyError, TypeError, IndexError):
         checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
@@ -211,7 +211,8 @@ if __name__ == '__main__':
         classes = [meta['classes'].index(cls)]
     elif cls:
         check(cls.isdecimal() and int(cls) in classes,
-              f'cls must be one of {meta["classes"]} or its number, but it is {cls!r}')
+              f'cls must be the name of a class, one of {meta["classes"]}, '
+              f'or a number below {len(classes)}, but it is {cls!r}')
         classes = [int(cls)]
     out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
     check(out.endswith(('.png', '.npz', '/')), f'out must be .png, .npz or NAME/: {out!r}')

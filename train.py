@@ -129,7 +129,7 @@ if os.path.exists(ckpt_path):
     if ema is not None:
         ema.load_state_dict(saved['ema'] or saved['model'])
     iteration = saved['iter_num']
-    print('resuming', ckpt_path, 'at iteration', iteration)
+    print('resuming', ckpt_path, 'at', iteration)
     print('changed settings:', changes(saved['config'], config) or 'none')
     del saved       # or its tensors stay in memory
 if iteration >= max_iters:

@@ -316,6 +316,6 @@ def test_another_dtype_or_device_is_refused():
 
 
 def test_a_missing_checkpoint_is_said_and_help_needs_none(run):
-    assert run('sample.py', '--ckpt=none.pt') == ('', "sample.py: there is no file 'none.pt'")
+    assert run('sample.py', '--ckpt=none.pt') == ('', "sample.py: there is no checkpoint 'none.pt': train.py makes them")
     printed, message = run('sample.py', '--help')
     assert message == '' and "--ckpt='out/ckpt.pt'" in printed.splitlines()
