@@ -196,5 +196,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: 'gpu' in item.module.__name__)      # last: by then its rehearsal is over
     if 'soak' not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker('soak')]
