@@ -375,7 +375,7 @@ def table(name, folder):
         return 'Not run.\n'
     lines = [' | '.join(rows[0]), ' | '.join('---' for _ in rows[0])]
     lines += [' | '.join(map(str, row.values())) for row in rows]
-    made_on = sorted({f'{part["device"]}, torch {part["torch"]}' for part in parts})
+    made_on = sorted({f'{part["device"]}, torch {part["torch"]}{", a rehearsal" * part["small"]}' for part in parts})
     return f'{"; ".join(made_on)}:\n\n' + ''.join(f'| {line} |\n' for line in lines)
 
 
