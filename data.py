@@ -17,14 +17,12 @@ The last `heldout` images are not trained on. If flips is 2, training mirrors ha
 """
 import json
 import os
-import reprlib
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from os.path import commonpath, dirname, exists, getsize, realpath, splitext
+from os.path import abspath, commonpath, dirname, exists, getsize, islink, join, realpath, splitext
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import barrier, check, configure, explain, launch
+from configurator import barrier, check, configure, exit_on_error, launch
 
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE's decoder, to bound its memory
 
@@ -56,7 +54,7 @@ def make_digits(folder, train=20_000, heldout=2_000):
     meta = dict(source='digits', size=32, channels=1, image_size=32, count=N,
                 classes=list('0123456789'), heldout=heldout, flips=1, vae='')
     parts = f'{folder}.{os.getpid()}'
-    with explain(f'cannot write {folder}'):
+    with exit_on_error(f'cannot write {folder}'):
         os.makedirs(parts)
         np.save(f'{parts}/images.npy', np.stack(images)[..., None])
         np.save(f'{parts}/labels.npy', labels)
@@ -71,26 +69,26 @@ def list_pictures(source):
     """(files, labels, classes) of the pictures below a folder, in the order of their names.
 
     The classes are the folders at the first level at which the paths differ; if pictures lie there,
-    too, there are none. Links are followed, but no folder counts twice.
+    too, there are none. Links are followed, but no folder counts twice: the real one wins.
     """
-    endings = Image.registered_extensions()
-    files, others, queue, seen = [], 0, [os.path.abspath(source)], set()
-    with explain(f'{source!r} is not a folder of pictures'):
-        while queue:
-            folder = queue.pop(0)
+    def refuse(error):
+        check(False, f'{error.filename!r} is not a folder that can be read ({error.strerror})')
+
+    formats = Image.registered_extensions()
+    files, others, seen, tops = [], 0, set(), [abspath(source)]
+    for top in tops:        # which grows by links, so that they come after all real folders
+        for folder, folders, names in os.walk(top, onerror=refuse):
             if realpath(folder) in seen:
+                folders.clear()
                 continue
             seen.add(realpath(folder))
-            for entry in sorted(os.scandir(folder), key=os.fspath):
-                hidden = entry.name.startswith(('.', '__MACOSX'))
-                if hidden or entry.is_symlink() and not exists(entry):      # or a broken link
-                    others += 1
-                elif entry.is_dir() and entry.is_symlink():
-                    queue.append(entry.path)        # after all real folders
-                elif entry.is_dir():
-                    queue.insert(0, entry.path)
-                elif endings.get(splitext(entry.name)[1].lower()) in Image.OPEN:
-                    files.append(entry.path)
+            folders[:] = sorted(name for name in folders if name[0] != '.')
+            tops += [join(folder, name) for name in folders if islink(join(folder, name))]
+            for name in names:
+                file = join(folder, name)
+                ending = splitext(name)[1].lower()
+                if formats.get(ending) in Image.OPEN and name[0] != '.' and exists(file):
+                    files.append(file)
                 else:
                     others += 1
     check(files, f'there are no pictures in {source!r}, but {others} other files')
@@ -99,16 +97,12 @@ def list_pictures(source):
     folders = [dirname(file[len(root) + 1:]).split(os.sep)[0] for file in files]
     classes, labels = np.unique(folders, return_inverse=True)
     classes = classes.tolist()
-    named = f'{len(classes)} classes: {reprlib.repr(classes)}'
     if '' in classes:
         classes, labels = [], np.zeros(len(files), int)
-        named = 'no classes, because pictures lie in one folder or beside folders'
-    print(f'{source!r}: {len(files)} pictures, {others} other files passed over, {named}')
+        print('no classes, because pictures lie in one folder or beside folders')
+    print(f'{len(files)} pictures, {others} other files passed over, {len(classes)} classes in '
+          f'{source!r}: {classes[:9]}')
     return files, labels, classes
-
-
-class Unreadable(ValueError):
-    """A picture that cannot be used, by its name."""
 
 
 def center_crop(image, size):
@@ -125,18 +119,16 @@ def center_crop(image, size):
 def read_picture(file, size=0):
     """A picture, (H, W, 3) uint8: upright, white where transparent, cropped if size > 0.
 
-    What cannot be used raises Unreadable.
+    OSError is raised for what cannot be used.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(file))
-    except NameError:               # a programmer's
-        raise
     except Exception as error:      # a damaged file makes Pillow raise nearly anything
-        raise Unreadable(f'{file!r}: {error!r}') from error
-    if image.mode == 'F' or image.mode.startswith('I'):
-        raise Unreadable(f'{file!r}: grey of 16 bits or more, which Pillow would clip')
+        raise OSError(f'{file!r}: {error!r}') from error
+    if image.mode[0] in 'IF':       # I, I;16, F
+        raise OSError(f'{file!r}: grey of 16 bits or more, which Pillow would clip')
     if max(image.size) > 50 * min(image.size):
-        raise Unreadable(f'{file!r}: so long that its crop would fill the memory')
+        raise OSError(f'{file!r}: so long that its crop would fill the memory')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
@@ -150,18 +142,17 @@ def load_vae(meta, device):
     if not meta['vae']:
         return None
     from diffusers import AutoencoderKL
-    with explain(f'{meta["vae"]!r} is no folder or Hugging Face id of an AutoencoderKL'):
-        # (without the option it complains that accelerate is not installed)
+    with exit_on_error(f'{meta["vae"]!r} is no folder or Hugging Face id of an AutoencoderKL'):
+        # (without low_cpu_mem_usage it complains that accelerate is not installed)
         vae = AutoencoderKL.from_pretrained(meta['vae'], low_cpu_mem_usage=False)
     scale = vae.config.scaling_factor
-    made_with = meta.get('scaling_factor', scale)
-    check(scale == made_with, f'{meta["vae"]} has scaling_factor {scale}, but that of the '
-          f'latents is {made_with}: they were made by another VAE')
+    check(meta.get('scaling_factor', scale) == scale, f'{meta["vae"]} has scaling_factor {scale}, '
+          f'but the latents {meta.get("scaling_factor")}: they were made by another VAE')
     return vae.requires_grad_(False).eval().to(device)
 
 
 def new_array(file, dtype, shape):
-    """Makes an .npy file of zeros, at full size: a full disk fails now, not midway."""
+    """Makes an .npy file of zeros, at full size: a full disk shows now, not midway."""
     open_memmap(file, 'w+', dtype, shape)
     if hasattr(os, 'posix_fallocate'):
         with open(file, 'r+') as f:
@@ -171,22 +162,23 @@ def new_array(file, dtype, shape):
 def encode(vae, images, flips):
     """(B, H, W, 3) uint8 images -> their rows of latents.npy, (B, flips, 2C, h, w) float16.
 
-    Without a VAE, vae None, the images are the rows.
+    If vae is None, the images are the rows.
     """
     if vae is None:
         return images
     x = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
     views = []
-    for view in (x, x.flip(-1))[:flips]:
-        posterior = vae.encode(view).latent_dist
+    for _ in range(flips):
+        posterior = vae.encode(x).latent_dist
         views.append(torch.cat([posterior.mean, posterior.std], dim=1))
+        x = x.flip(-1)
     return torch.stack(views, dim=1).half().cpu().numpy()
 
 
 def decode(vae, latents, meta):
     """What the model draws, (B, C, h, w) -> images (B, 3, H, W), about -1 to 1.
 
-    Without a VAE the model draws images.
+    If vae is None, the model draws images.
     """
     if vae is None:
         return latents
@@ -207,20 +199,18 @@ def to_device(array, device):
 class Dataset:
     """A dataset, by its folder or its name in data/: Dataset('digits').
 
-    meta, labels and array are its files. rows are the places of the readable images, and an image's
-    number is its place in rows. The first n_train are to train on. eval_index are the numbers of
+    meta, labels and array are its files. rows[i] is where image i lies in them: pictures that could
+    not be read are skipped. The first n_train images are to train on. eval_index are the numbers of
     those to evaluate on, held out or else of training: eval_name says which.
     """
 
     def __init__(self, name):
-        folder = name
-        if not exists(f'{folder}/meta.json'):
-            folder = f'data/{name}'
+        folder = name if exists(f'{name}/meta.json') else f'data/{name}'
         if folder == 'data/digits' and not exists(folder):
             print('drawing the digits dataset ...')
             make_digits(folder)
-        with explain(f'{folder} is not a dataset, or not a complete one', KeyError, TypeError):
-            self.meta = meta = json.loads(Path(f'{folder}/meta.json').read_text())
+        with exit_on_error(f'{folder} is not a dataset, or not a complete one'):
+            meta = json.loads(Path(f'{folder}/meta.json').read_text())
             size, channels, heldout = meta['size'], meta['channels'], meta['heldout']
             file, row = 'images.npy', (size, size, channels)
             if meta['vae']:
@@ -228,15 +218,13 @@ class Dataset:
             self.array = np.load(f'{folder}/{file}', mmap_mode='r')
             self.labels = np.load(f'{folder}/labels.npy')
             n_classes = max(1, len(meta['classes']))
+        self.meta = meta
         self.rows = np.flatnonzero(self.labels >= 0)
         self.n_train = len(self.rows) - heldout
         whole = self.array.shape == (len(self.labels), *row) and self.labels.max() < n_classes
         check(whole and self.n_train > 0, f'{folder} is not what its meta.json says')
-        self.eval_name = 'heldout'
-        self.eval_index = np.arange(self.n_train, len(self.rows))
-        if heldout == 0:
-            self.eval_name = 'training'
-            self.eval_index = np.arange(self.n_train)
+        self.eval_name = 'heldout' if heldout else 'training'
+        self.eval_index = np.arange(self.n_train if heldout else 0, len(self.rows))
 
     def batch(self, index, device='cpu', flip=False, eps=None):
         """What the model sees of images, (B, C, H, W) float32, and their labels, (B,) int64.
@@ -259,7 +247,7 @@ class Dataset:
         return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 
-@lru_cache(maxsize=2)       # drawing one of 1.28 million takes 30 ms
+@lru_cache(maxsize=2)       # one of 1.28 million takes 30 ms
 def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
@@ -279,7 +267,8 @@ if __name__ == '__main__':
     heldout = 0             # this many images, drawn at random, are not trained on
     batch_size = 32         # images in a call of the VAE: fewer if they are large
     device = 'auto'
-    configure(globals(), at_least_1='size batch_size')
+    configure(globals())
+    check(min(size, batch_size) > 0, 'size and batch_size must be at least 1')
     check(source and out, 'give pictures and a dataset: --source=FOLDER --out=data/NAME')
     out = os.path.normpath(out)
     check(not os.path.lexists(out), f'{out} exists: delete it, or give another --out')
@@ -287,13 +276,12 @@ if __name__ == '__main__':
     files, labels, classes = list_pictures(source)
     N, flips = len(files), 1 + flip
     check(heldout < N, f'heldout must be less than the {N} pictures, not {heldout}')
-    order = np.arange(N)
-    if heldout:             # by name the last would be of one class
-        order = np.random.default_rng(0).permutation(N)
+    # By name, the held-out images would be of one class
+    order = np.random.default_rng(0).permutation(N) if heldout else np.arange(N)
     encoder = load_vae(dict(vae=vae), device)
     if vae:
         factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-        check(size % factor == 0, f'with this VAE size must be a multiple of {factor}, not {size}')
+        check(size % factor == 0, f'for this VAE size must be a multiple of {factor}, not {size}')
     black = np.zeros((size, size, 3), np.uint8)
     row = encode(encoder, black[None], flips)[0]        # for its shape and dtype
     meta = dict(source=source, size=size, channels=3, image_size=size, count=N,
@@ -305,7 +293,7 @@ if __name__ == '__main__':
         meta |= dict(size=row.shape[2], channels=row.shape[1] // 2,
                      scaling_factor=encoder.config.scaling_factor)
     if rank == 0:
-        with explain(f'cannot write {N} images to {out}'):      # shows before the work
+        with exit_on_error(f'cannot write {N} images to {out}'):        # shows before the work
             if exists(parts):       # of a run that was interrupted
                 ours = {'images.npy', 'latents.npy', 'labels.npy', 'meta.json'}
                 check(set(os.listdir(parts)) <= ours, f'{parts} holds other files: move it')
@@ -316,29 +304,23 @@ if __name__ == '__main__':
     barrier()
     array = np.load(file, mmap_mode='r+')
     labels = np.load(f'{parts}/labels.npy', mmap_mode='r+')
-    lock = Lock()
 
     def read(i):
         """Picture i; if it cannot be read, a black one, and its label becomes -1."""
         try:
             return read_picture(files[order[i]], size)
-        except Unreadable as error:
+        except OSError as error:
             tqdm.write(f'left out: {error}', file=sys.stderr)
             labels[i] = -1
             wrong = (labels < 0).sum()
             check(wrong <= N // 100, f'{wrong} of {N} pictures cannot be read, more than 1%')
             return black
 
-    def prepare(first):
-        """Reads, encodes and writes the images of one call of the VAE."""
-        rows = range(first, min(first + batch_size, N))
-        images = np.stack([read(i) for i in rows])
-        with lock:
+    with ThreadPoolExecutor() as pool:
+        for first in tqdm(range(rank * batch_size, N, world * batch_size), disable=rank > 0):
+            rows = range(first, min(first + batch_size, N))
+            images = np.stack(list(pool.map(read, rows)))
             array[rows] = encode(encoder, images, flips)
-
-    starts = range(rank * batch_size, N, world * batch_size)
-    with ThreadPoolExecutor() as pool:      # some read while one encodes
-        list(tqdm(pool.map(prepare, starts), total=len(starts), disable=rank > 0))
     array.flush()
     labels.flush()
     barrier()
@@ -347,7 +329,3 @@ if __name__ == '__main__':
         os.rename(parts, out)
         data = Dataset(out)
         print(f'{out}: {len(data.rows)} images, {N - len(data.rows)} left out')
-        if vae:
-            x, _ = data.batch(np.arange(0, len(data.rows), 1 + N // 100))
-            factor = meta['scaling_factor']
-            print(f'scaling factor {factor}, std of the scaled latents {x.std():.4f}')

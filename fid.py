@@ -1,6 +1,6 @@
 """FID, precision and recall of one set of images against another.
 
-    python fid.py --samples=samples.npz --ref=data/celebahq256      # a dataset's training images
+    python fid.py --samples=samples.npz --ref=data/digits       # a dataset's training images
     python fid.py --samples=samples/ --ref=pictures/ --size=256     # resized as by data.py
     python fid.py --ref=pictures/ --size=256 --save_stats=F.npz     # statistics once ...
     python fid.py --samples=samples.npz --ref=F.npz     # ... for many comparisons; ADM's work, too
@@ -10,34 +10,30 @@ Network, weights and resizing are pytorch-fid's. Precision and recall are on Inc
 as ADM's (StyleGAN's are on VGG's: other numbers). The last line of output is JSON. The features of
 all images are kept: 8 kB of memory an image, and 16 more at the end.
 """
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.linalg import eigh
 from tqdm import tqdm
 
-from configurator import check, configure, explain, launch
+from configurator import all_sum, check, configure, exit_on_error, launch
 from data import Dataset, list_pictures, read_picture
 
 WEIGHTS = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}'
-SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
 # The FID Inception, in torchvision's names less their prefixes. A block joins branches. A branch is
-# convolutions and pools, one after another. `!` is without padding, `!!` has stride 2, too.
+# convolutions and pools, one after another: '5x5_1 5x5_2' is the convolution branch5x5_1, then
+# branch5x5_2. `!` is without padding, `!!` has stride 2, too.
 STEM = '1a_3x3!! 2a_3x3! 2b_3x3 max!! 3b_1x1 4a_3x3! max!!'
 A = ['1x1', '5x5_1 5x5_2', '3x3dbl_1 3x3dbl_2 3x3dbl_3', 'average _pool']
 B = ['3x3!!', '3x3dbl_1 3x3dbl_2 3x3dbl_3!!', 'max!!']
-C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5',
-     'average _pool']
+C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5', 'average _pool']
 D = ['3x3_1 3x3_2!!', '7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4!!', 'max!!']
 E = ['1x1', '3x3_1 3x3_2a', '3x3_1 3x3_2b', '3x3dbl_1 3x3dbl_2 3x3dbl_3a',
      '3x3dbl_1 3x3dbl_2 3x3dbl_3b', 'average _pool']
@@ -79,17 +75,15 @@ def inception_features(weights, images):
 
 
 def load_inception(file, device):
-    """The weights, and 'published' or the sha256 of others. '' is torch.hub's copy."""
-    with explain(f'cannot load the Inception weights {file!r}: put {URL} in a file and '
-                 'give --inception=FILE', RuntimeError, KeyError):
+    """The weights in a file, or the published ones, which torch.hub keeps, if file is ''."""
+    with exit_on_error(f'cannot load the Inception weights {file!r}: save {URL} '
+                       'and give --inception=FILE'):
         if not file:
-            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
-            file = f'{torch.hub.get_dir()}/checkpoints/{WEIGHTS}'
+            return torch.hub.load_state_dict_from_url(URL, map_location=device, check_hash=True,
+                                                      weights_only=True)
         weights = torch.load(file, map_location=device, weights_only=True)
-        black = torch.zeros(1, 8, 8, 3, dtype=torch.uint8, device=device)
-        inception_features(weights, black)      # are they complete?
-    sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return weights, 'published' if sha256 == SHA256 else sha256
+    check('Conv2d_1a_3x3.conv.weight' in weights, f'{file!r} is not the file at {URL}')
+    return weights
 
 
 def mean_and_covariance(features):
@@ -103,8 +97,8 @@ def mean_and_covariance(features):
 def frechet_distance(mu1, S1, mu2, S2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of means (D,) and covariances (D, D), float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where R R^T = S1:
-    it is symmetric, so they are real at any rank.
+    The trace of the root is the sum of the roots of the eigenvalues of R^T S2 R, where R R^T = S1.
+    That is symmetric, so they are real, whatever the rank.
     """
     values, V = eigh(S1)
     kept = values >= values.max() * len(values) * np.finfo(float).eps   # else rounding
@@ -131,18 +125,19 @@ def precision_recall(samples, reference, k=3):
 
 
 def open_images(path, size):
-    """(read, items) of a dataset of pixels, an .npz (arr_0) or a folder.
+    """(read, items) of a dataset of pixels, an .npz (arr_0) or a folder: read(item) is an image.
 
-    read(item) is an image, (H, W, C) uint8. A folder's are cropped to size, if size > 0.
+    An image is (H, W, 1 or 3) uint8. A folder's are cropped to size, if size > 0.
     """
     if os.path.isfile(f'{path}/meta.json'):
         data = Dataset(path)
         check(not data.meta['vae'], f'{path!r} is of latents: give their pictures')
         read, items = data.array.__getitem__, data.rows[:data.n_train]
     elif path.endswith('.npz'):
-        with explain(f'{path!r} has no images (arr_0)', KeyError, IndexError):
+        with exit_on_error(f'{path!r} has no images (arr_0)'):
             images = np.load(path)['arr_0']
-        check(images.dtype == np.uint8, f'{path!r} has images of {images.dtype}, not uint8')
+        check(images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3),
+              f'{path!r} has no uint8 images in grey or RGB, but {images.dtype} {images.shape}')
         read, items = images.__getitem__, range(len(images))
     else:
         read, items = partial(read_picture, size=size), list_pictures(path)[0]
@@ -151,31 +146,29 @@ def open_images(path, size):
 
 
 def load_statistics(path):
-    """(mu, sigma, count) of an .npz of statistics, count 0 if it is not stated; None of images."""
-    if not path.endswith('.npz'):
-        return None
-    with explain(f'{path!r} has no images (arr_0) or statistics (mu, sigma)', KeyError, TypeError):
-        arrays = np.load(path)
-        if 'mu' not in arrays:
+    """mu, sigma and count, 0 if not stated, of an .npz, as a dict; None if it is of images."""
+    with exit_on_error(f'{path!r} has no images (arr_0) or statistics (mu, sigma)'):
+        if not path.endswith('.npz') or 'mu' not in np.load(path):
             return None
+        arrays = np.load(path)
         mu, sigma, count = arrays['mu'], arrays['sigma'], int(arrays.get('count', 0))
     check(mu.shape + sigma.shape == (2048,) * 3 and np.isfinite(mu.sum() + sigma.sum()),
           f'mu and sigma in {path!r} must be of 2048 features, and finite')
-    return mu, sigma, count
+    return dict(mu=mu, sigma=sigma, count=count)
 
 
-def extract(weights, read, items, batch_size, device, rank=0, world=1):
-    """The features (N, 2048) float32 of the images read(item). Each process extracts a share."""
+def extract(weights, images, batch_size, device, rank, world):
+    """The features (N, 2048) float32 of what open_images returns. Each process extracts a share."""
+    read, items = images
     features = torch.zeros(len(items), 2048, device=device)
-    share, mine = items[rank::world], features[rank::world]
     with ThreadPoolExecutor() as pool:
-        for i in tqdm(range(0, len(share), batch_size), disable=rank > 0):
-            with explain('images must be readable, of one size, grey or RGB', RuntimeError):
-                images = np.stack(list(pool.map(read, share[i:i + batch_size])))
-                images = torch.from_numpy(images).expand(-1, -1, -1, 3)
-            mine[i:i + batch_size] = inception_features(weights, images.to(device))
-    if world > 1:
-        dist.all_reduce(features)
+        for i in tqdm(range(rank * batch_size, len(items), world * batch_size), disable=rank > 0):
+            with exit_on_error('an image cannot be read', OSError):
+                batch = list(pool.map(read, items[i:i + batch_size]))
+            check(len({image.shape for image in batch}) == 1, 'images differ in size: give --size')
+            x = torch.from_numpy(np.stack(batch)).expand(-1, -1, -1, 3)     # grey or RGB
+            features[i:i + batch_size] = inception_features(weights, x.to(device))
+    all_sum(features)
     check(features.isfinite().all(), 'features are not finite: are the weights right?')
     return features
 
@@ -189,43 +182,44 @@ if __name__ == '__main__':
     batch_size = 64         # of each process
     pr_samples = 10_000     # precision and recall are of the first so many of each
     device = 'auto'
-    configure(globals(), at_least_1='batch_size')
+    configure(globals())
+    check(batch_size > 0, 'batch_size must be at least 1')
     check(ref and (samples or save_stats), 'give --ref=B and --samples=A or --save_stats=C')
-    folder = os.path.dirname(save_stats) or '.'
-    check(os.path.isdir(folder), f'there is no folder {folder!r} for {save_stats}')
+    check(os.path.isdir(os.path.dirname(save_stats) or '.'), f'no folder for {save_stats!r}')
     check(save_stats.endswith('.npz') or not save_stats, 'save_stats must be NAME.npz')
     device, rank, world = launch(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     # All files are opened before the work
-    b = None
     statistics = load_statistics(ref)
     if samples:
-        images = open_images(samples, size)
+        sample_images = open_images(samples, size)
     if statistics is None:
         ref_images = open_images(ref, size)
-    weights, made_with = load_inception(inception, device)
-    how = batch_size, device, rank, world
-    if samples:
-        a = extract(weights, *images, *how)
+    weights = load_inception(inception, device)
+
+    b = None
     if statistics is None:
-        b = extract(weights, *ref_images, *how)
-        statistics = *mean_and_covariance(b), len(b)
+        b = extract(weights, ref_images, batch_size, device, rank, world)
+        mu, sigma = mean_and_covariance(b)
+        statistics = dict(mu=mu, sigma=sigma, count=len(b))
+    if samples:
+        a = extract(weights, sample_images, batch_size, device, rank, world)
     if rank > 0:
         raise SystemExit
-    mu, sigma, n_ref = statistics
-    result = dict(samples=samples, ref=ref, n_ref=n_ref, size=size, inception=made_with)
+    n_ref = statistics['count']
+    result = dict(samples=samples, ref=ref, n_ref=n_ref, size=size, inception=inception or URL)
     if samples:
-        distance = frechet_distance(*mean_and_covariance(a), mu, sigma)
+        mu, sigma = mean_and_covariance(a)
+        distance = frechet_distance(mu, sigma, statistics['mu'], statistics['sigma'])
         result |= dict(n_samples=len(a), fid=distance)
         if len(a) <= 2048 or 0 < n_ref <= 2048:
             print('warning: up to 2,048 images covariances are singular: FID is too high')
     if samples and b is not None and min(len(a), len(b), pr_samples) > 3:
         a, b = a[:pr_samples], b[:pr_samples]
         precision, recall = precision_recall(a, b)
-        result |= dict(precision=precision, recall=recall, pr_samples=len(a),
-                       pr_ref=len(b))
+        result |= dict(precision=precision, recall=recall, pr_samples=len(a), pr_ref=len(b))
     print(json.dumps(result))
     if save_stats:
-        with explain(f'cannot write {save_stats}'):
-            np.savez(save_stats, mu=mu, sigma=sigma, count=n_ref, inception=made_with)
+        with exit_on_error(f'cannot write {save_stats}'):
+            np.savez(save_stats, **statistics)

@@ -60,52 +60,41 @@ def reconstruct(pyramid):
 # -------------------------------------------------------------------------------------------------
 # Paths, velocities and the loss of Alg. 1, and how a scale joins in Alg. 2
 
-HALF_PI = math.pi / 2
-POWERS = {'linear': 1, 'quadratic': 2, 'cubic': 3}      # noise decays as (1 - t)^power
+
+def alpha(t, start):
+    """Eq. (4a), Eq. (13): the coefficient of the data of a scale from `start` on, and its slope."""
+    slope = 1 / (1 - start)
+    return (t - start) * slope, slope
 
 
-def alpha(t, start, kind='linear'):
-    """Eq. (4a), Eq. (4b), Eq. (13): the coefficient of the data of a scale that starts at `start`.
-
-    Returns it and its derivative in t. All kinds but 'gvp' have the linear one.
-    """
-    rate = 1 / (1 - start)
-    ramp = (t - start) * rate
-    if kind == 'gvp':
-        return torch.sin(HALF_PI * ramp), HALF_PI * rate * torch.cos(HALF_PI * ramp)
-    return ramp, rate
+def sigma(t):
+    """Eq. (4a): the coefficient of the noise, the same for all scales, and its slope."""
+    return 1 - t, -1
 
 
-def sigma(t, kind='linear'):
-    """Eq. (4a), Eq. (4b), Appendix D: the coefficient of the noise, and its derivative in t."""
-    if kind == 'gvp':
-        return torch.cos(HALF_PI * t), -HALF_PI * torch.sin(HALF_PI * t)
-    p = POWERS[kind]
-    return (1 - t) ** p, -p * (1 - t) ** (p - 1)
-
-
-def state_and_velocity(x1, x0, t, start, kind='linear'):
+def state_and_velocity(x1, x0, t, start):
     """Eq. (3) and Eq. (5): the noisy state x_t of one scale, and its velocity u_t = d x_t / dt.
 
     x1 is data and x0 noise, both (B, C, H, W); t is (B,), from `start` to 1.
     """
     t = t.view(-1, 1, 1, 1)                     # (B, 1, 1, 1)
-    alpha_t, d_alpha = alpha(t, start, kind)
-    sigma_t, d_sigma = sigma(t, kind)
+    alpha_t, d_alpha = alpha(t, start)
+    sigma_t, d_sigma = sigma(t)
     x_t = alpha_t * x1 + sigma_t * x0
     u_t = d_alpha * x1 + d_sigma * x0
     return x_t, u_t
 
 
-def packed_stages(B, K, device='cpu'):
-    """Replaces the random stages of Alg. 1, line 6: all equally often, in order. 0 0 1 1 2 2."""
-    return torch.arange(B, device=device) * K // B
+def packed_stages(B, K):
+    """Alg. 1, line 6, but not by chance: B images in K stages of equal size, 0 0 1 1 2 2."""
+    return torch.arange(B) * K // B
 
 
 def stage_times(stage, uniform, config):
     """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s and draws from U[0, 1], all (B,)."""
     t = uniform
     for s, start in enumerate(config.times[1:]):
+        # Not times[stage + 1]: that tensor would be copied to the GPU in each step
         t = torch.where(stage == s, start + (1 - start) * uniform, t)
     return t
 
@@ -120,34 +109,27 @@ def states_and_velocities(x1, x0, t, stage, config):
     noise = laplacian_pyramid(x0, config.K)
     x_t, u_t = {}, {}
     for k in range(config.K):
-        n = int((stage <= k).sum())             # the stages up to k train scale k
+        # Images of stages 0 to k have scale k, and they come first
+        n = int((stage <= k).sum())
         start = config.times[k + 1]
         if n > 0:
-            x_t[k], u_t[k] = state_and_velocity(
-                data[k][:n], noise[k][:n], t[:n], start, config.path)
+            x_t[k], u_t[k] = state_and_velocity(data[k][:n], noise[k][:n], t[:n], start)
     return x_t, u_t
 
 
 def multiscale_loss(v, u, weights, B):
-    """Eq. (7): summed over the scales, and averaged over all B images of a batch.
+    """Eq. (7), averaged over all B images of a batch, and each image's errors, {k: (B_k,)}.
 
-    v are velocities and u targets. weights[k] is w_k, a number, or (B_k,) for weights per image.
-    Returns the loss, and each image's mean squared error, {k: (B_k,)}.
+    An error is a mean over pixels. v are velocities, u targets, and weights[k] is w_k.
     """
-    total = 0.0
-    errors = {}
-    for k in u:
-        errors[k] = (v[k] - u[k]).square().flatten(1).mean(1)
-        total = total + (weights[k] * errors[k]).sum()
-    return total / B, errors
+    errors = {k: (v[k] - u[k]).square().flatten(1).mean(1) for k in u}
+    loss = sum((weights[k] * errors[k]).sum() for k in u) / B
+    return loss, errors
 
 
-def hand_over(state, k, x0, config):
-    """Alg. 2, lines 3 to 5: scale k joins the coarser ones. At its start Eq. (3) is sigma x0.
-
-    state is {k: tensor} of the coarser scales, {} at first. x0 is the pyramid of the noise.
-    """
-    sigma_start, _ = sigma(torch.tensor(config.times[k + 1]), config.path)
+def join(state, k, x0, config):
+    """Alg. 2, lines 3 to 5: scale k joins the coarser ones, as Eq. (3) at its start: sigma x0."""
+    sigma_start, _ = sigma(torch.tensor(config.times[k + 1]))
     return {k: sigma_start * x0[k], **state}
 
 
@@ -157,19 +139,15 @@ def hand_over(state, k, x0, config):
 
 @dataclass
 class LapFlowConfig:
-    """All that rebuilds a model. Settings that do not fit together raise ValueError."""
+    """What rebuilds a model. Values that do not fit together raise ValueError."""
     size: int = 32          # H = W of the finest grid: pixels, or latents of a VAE
     channels: int = 4
     patch: int = 2
-    width: int = 1024       # this is DiT-L; DiT-B has 768, 12, 12, and DiT-XL 1152, 28, 16
+    width: int = 1024       # DiT-L; DiT-B has 768, 12, 12, and DiT-XL 1152, 28, 16
     depth: int = 24
     heads: int = 16
     T: tuple = (0.5,)       # () is flow matching; Eq. (10) recommends thirds for K = 3
     n_classes: int = 0      # 0 is unconditional
-    mask: str = 'causal'    # which scales a scale sees: see ATTENTION
-    shared: str = ''        # what all scales share, with commas: see MoTBlock
-    path: str = 'linear'    # 'linear', 'gvp', 'quadratic' or 'cubic'
-    image_tokens: bool = False      # not the paper's: see LapFlow.forward
 
     @property
     def K(self):
@@ -181,18 +159,13 @@ class LapFlowConfig:
         return (1.0, *self.T, 0.0)
 
     def __post_init__(self):
-        cell = 2 ** (self.K - 1) * self.patch
-        parts = {'qkv', 'proj', 'ffn', 'mod', ''}
-        decreasing = list(self.times) == sorted(set(self.times), reverse=True)
-        for key, holds, rule in (
-                ('T', decreasing, 'must decrease inside (0, 1)'),
-                ('size', self.size % cell == 0, f'must divide by 2^(K-1) x patch = {cell}'),
-                ('width', self.width % math.lcm(4, self.heads) == 0, 'must divide by 4 and heads'),
-                ('mask', self.mask in ATTENTION, f'must be one of {list(ATTENTION)}'),
-                ('path', self.path in ('gvp', *POWERS), f'must be gvp or one of {list(POWERS)}'),
-                ('shared', set(self.shared.split(',')) <= parts, 'takes qkv,proj,ffn,mod')):
-            if not holds:
-                raise ValueError(f'{key} {rule}, but it is {getattr(self, key)!r}')
+        cell = self.patch * 2 ** (self.K - 1)
+        if list(self.times) != sorted(set(self.times), reverse=True):
+            raise ValueError(f'T must decrease inside (0, 1), but it is {self.T}')
+        if self.size % cell != 0:
+            raise ValueError(f'size {self.size} must divide by 2^(K-1) x patch = {cell}')
+        if self.width % math.lcm(4, self.heads) != 0:
+            raise ValueError(f'width {self.width} must divide by 4 and by heads = {self.heads}')
 
 
 def sinusoid(x, dim):
@@ -207,7 +180,7 @@ def position_table(n, k, D):
     """Sine-cosine positions of the n x n tokens of scale k, (n*n, D).
 
     The unit is a token of the finest scale: a coarse token stands at the centre of the finer ones
-    that it covers. For k = 0 this is DiT's table.
+    that it covers. A row is sin x, cos x, sin y, cos y, each D/4. For k = 0 this is DiT's table.
     """
     centres = (torch.arange(n) + 0.5) * 2 ** k - 0.5
     axis = sinusoid(centres, D // 2)
@@ -219,97 +192,63 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-# q, k, v: queries, keys and values, {scale: (B_i, heads, N_i, d)}. Here i and j are scales.
+def block_causal_attention(queries, keys, values):
+    """Eq. (9): scale k attends to itself and to the coarser scales.
 
-
-def block_causal_attention(q, k, v):
-    """Eq. (9): scale i attends to itself and to the coarser scales.
-
-    The mask M_c is never built: what it would hide is not computed.
+    All three are {k: (B_k, heads, N_k, d)}. The mask M_c is never built: what it would hide is not
+    computed.
     """
     out = {}
-    for i in q:
-        B = len(q[i])       # packed: the first B images are those with scale i
-        keys = torch.cat([k[j][:B] for j in q if j >= i], dim=2)
-        values = torch.cat([v[j][:B] for j in q if j >= i], dim=2)
-        out[i] = F.scaled_dot_product_attention(q[i], keys, values)
+    for k, q in queries.items():
+        B_k = len(q)        # packed: the first B_k images are those with scale k
+        visible = [j for j in keys if j >= k]
+        keys_k = torch.cat([keys[j][:B_k] for j in visible], dim=2)
+        values_k = torch.cat([values[j][:B_k] for j in visible], dim=2)
+        out[k] = F.scaled_dot_product_attention(q, keys_k, values_k)
     return out
-
-
-def self_attention(q, k, v):
-    """Mask 'self': a scale attends to itself alone."""
-    return {i: F.scaled_dot_product_attention(q[i], k[i], v[i]) for i in q}
-
-
-def full_attention(q, k, v):
-    """Mask 'none': a scale attends to all scales that its image has: those from its stage s on."""
-    parts = {i: [] for i in q}
-    first = 0
-    for s in q:
-        last = len(q[s])
-        images = slice(first, last)     # those of stage s
-        if last > first:
-            scales = [i for i in q if i >= s]
-            keys = torch.cat([k[i][images] for i in scales], dim=2)
-            values = torch.cat([v[i][images] for i in scales], dim=2)
-            for i in scales:
-                part = F.scaled_dot_product_attention(q[i][images], keys, values)
-                parts[i].append(part)
-        first = last
-    return {i: torch.cat(parts[i]) for i in q}
-
-
-ATTENTION = dict(causal=block_causal_attention, self=self_attention, none=full_attention)
 
 
 def feed_forward(D):
     return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU('tanh'), nn.Linear(4 * D, D))
 
 
-def experts(K, shared, layer, *sizes):
-    """A layer for each of the K scales; if shared, K times the same one."""
-    if shared:
-        return nn.ModuleList([layer(*sizes)] * K)       # one layer, K names
+def experts(K, layer, *sizes):
+    """A layer for each of the K scales."""
     return nn.ModuleList([layer(*sizes) for _ in range(K)])
 
 
 class MoTBlock(nn.Module):
-    """The MoT block (Sec. 4.4, Figure 2): all but the attention is each scale's own.
-
-    config.shared names what is not: any of qkv, proj, ffn and mod.
-    """
+    """The MoT block (Sec. 4.4, Figure 2): all but the attention is each scale's own."""
 
     def __init__(self, config):
         super().__init__()
         D, K = config.width, config.K
-        shared = config.shared.split(',')
         self.heads = config.heads
-        self.attention = ATTENTION[config.mask]
-        self.mod = experts(K, 'mod' in shared, nn.Linear, D, 6 * D)
-        self.qkv = experts(K, 'qkv' in shared, nn.Linear, D, 3 * D)
-        self.proj = experts(K, 'proj' in shared, nn.Linear, D, D)
-        self.ffn = experts(K, 'ffn' in shared, feed_forward, D)
+        self.mod = experts(K, nn.Linear, D, 6 * D)
+        self.qkv = experts(K, nn.Linear, D, 3 * D)
+        self.proj = experts(K, nn.Linear, D, D)
+        self.ffn = experts(K, feed_forward, D)
 
     def forward(self, z, c):
-        """z is {i: tokens (B_i, N_i, D)}, c the condition (B, D). Returns a dict like z.
+        """z is {k: tokens (B_k, N_k, D)}, c the condition (B, D). Returns a dict like z.
 
         The first tokens of the coarsest scale are those of t and y.
         """
-        q, k, v, modulation, out = {}, {}, {}, {}, {}
-        for i in z:     # PreAttnMod and Eq. (8)
-            mod = self.mod[i](c[:len(z[i])])                            # (B_i, 6D)
-            modulation[i] = mod.unsqueeze(1).chunk(6, dim=-1)           # six of (B_i, 1, D)
-            shift_msa, scale_msa, _, _, _, _ = modulation[i]
-            h = self.qkv[i](modulate(z[i], shift_msa, scale_msa))       # (B_i, N_i, 3D)
-            h = h.unflatten(-1, (3, self.heads, -1))                    # (B_i, N_i, 3, heads, d)
-            h = h.permute(2, 0, 3, 1, 4)
-            q[i], k[i], v[i] = h                                        # (B_i, heads, N_i, d)
-        attended = self.attention(q, k, v)
-        for i in z:     # PostAttnMod
-            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[i]
-            h = attended[i].transpose(1, 2).flatten(2)                  # (B_i, N_i, D)
-            x = z[i] + gate_msa * self.proj[i](h)
-            out[i] = x + gate_mlp * self.ffn[i](modulate(x, shift_mlp, scale_mlp))
+        queries, keys, values, modulation, out = {}, {}, {}, {}, {}
+        for k in z:     # PreAttnMod and Eq. (8)
+            mod = self.mod[k](c[:len(z[k])])    # of the images with scale k: (B_k, 6D)
+            modulation[k] = mod.unsqueeze(1).chunk(6, dim=-1)           # six of (B_k, 1, D)
+            shift_msa, scale_msa, _, _, _, _ = modulation[k]
+            h = self.qkv[k](modulate(z[k], shift_msa, scale_msa))       # (B_k, N_k, 3D)
+            h = h.unflatten(-1, (3, self.heads, -1))                    # (B_k, N_k, 3, heads, d)
+            h = h.permute(2, 0, 3, 1, 4)                                # (3, B_k, heads, N_k, d)
+            queries[k], keys[k], values[k] = h.unbind(0)
+        attended = block_causal_attention(queries, keys, values)
+        for k in z:     # PostAttnMod
+            _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[k]
+            h = attended[k].transpose(1, 2).flatten(2)                  # (B_k, N_k, D)
+            x = z[k] + gate_msa * self.proj[k](h)
+            out[k] = x + gate_mlp * self.ffn[k](modulate(x, shift_mlp, scale_mlp))
         return out
 
 
@@ -345,11 +284,6 @@ class FinalLayer(nn.Module):
         return F.pixel_shuffle(patches.unflatten(2, (n, n)), self.patch)
 
 
-def zero_init(layer):
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class LapFlow(nn.Module):
     """The model V_theta (Sec. 4.4, Figure 2), initialised as DiT: a block starts as identity."""
 
@@ -378,10 +312,10 @@ class LapFlow(nn.Module):
             nn.init.normal_(self.y_embed.weight, std=0.02)
         for block in self.blocks:
             for mod in block.mod:
-                zero_init(mod)
+                nn.init.zeros_(mod.weight)
         for final in self.final:
-            zero_init(final.mod)
-            zero_init(final.linear)
+            nn.init.zeros_(final.mod.weight)
+            nn.init.zeros_(final.linear.weight)
 
     def condition(self, t, y):
         """From t and y, (B,): their tokens, (B, n, D), and the vector for adaLN, (B, D)."""
@@ -393,20 +327,15 @@ class LapFlow(nn.Module):
         return torch.stack(tokens, dim=1), F.silu(sum(tokens))
 
     def forward(self, x_t, t, y=None):
-        """Eq. (6): the velocities of the active scales.
+        """Eq. (6): the velocities of the active scales, a dict like x_t.
 
-        x_t is {k: (B_k, C, H/2^k, W/2^k)}, finest first: a scale with all coarser ones (baselines
-        give one alone). t (B,) are times, and y (B,) labels, of the coarsest scale's images. The
-        null label is n_classes, or y=None. Returns a dict like x_t. Under the causal mask no coarse
-        velocity depends on a finer state.
+        x_t is {k: (B_k, C, H/2^k, W/2^k)}, finest first: a scale and all coarser ones. t and y are
+        (B,), the times and labels of all images. The null label is n_classes, or y=None for all. No
+        coarse velocity depends on a finer state.
         """
         tokens, c = self.condition(t, y)
-        z = {}
-        for k, x in x_t.items():
-            if self.config.image_tokens:    # the noisy image of this resolution: Eq. (2)
-                x = reconstruct([x_t[j][:len(x)] for j in x_t if j >= k])
-            z[k] = self.patch_embed[k](x)                               # (B_k, N_k, D)
-        # The tokens of t and y stand with the coarsest scale: all see it, but under mask 'self'
+        z = {k: self.patch_embed[k](x) for k, x in x_t.items()}         # (B_k, N_k, D)
+        # The tokens of t and y stand with the coarsest scale, because all scales see it
         coarsest = max(z)
         z[coarsest] = torch.cat([tokens, z[coarsest]], dim=1)
         for block in self.blocks:
@@ -415,7 +344,4 @@ class LapFlow(nn.Module):
             else:
                 z = block(z, c)
         z[coarsest] = z[coarsest][:, tokens.shape[1]:]
-        v = {}
-        for k, x in x_t.items():
-            v[k] = self.final[k](z[k], c[:len(x)]).to(x.dtype)
-        return v
+        return {k: self.final[k](z[k], c[:len(x)]).to(x.dtype) for k, x in x_t.items()}

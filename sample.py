@@ -18,11 +18,54 @@ from PIL import Image
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from configurator import barrier, check, configure, explain, launch, precision
+from configurator import autocast_for, barrier, check, configure, exit_on_error, launch
 from data import decode, load_vae, new_array
-from model import LapFlow, LapFlowConfig, hand_over, laplacian_pyramid, reconstruct
+from model import LapFlow, LapFlowConfig, join, laplacian_pyramid, reconstruct
 
 METHODS = ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')   # dopri5 alone is adaptive
+
+
+@torch.no_grad()
+def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0):
+    """Alg. 2: images (B, C, H, W) from noise (B, C, H, W) float32, and the number of evaluations.
+
+    y is (B,) labels or None. method is one of METHODS. tol is dopri5's absolute and relative
+    tolerance; the others make `steps` steps. cfg = 1 is the conditional model, 0 the unconditional.
+    """
+    config = model.config
+    x0 = laplacian_pyramid(noise, config.K)
+    velocity = GuidedVelocity(model, y, cfg)
+    state = {}
+    for k in reversed(range(config.K)):         # coarsest first
+        state = join(state, k, x0, config)
+        start, end = config.times[k + 1], config.times[k]
+        state = odeint_scales(velocity, state, start, end, method, steps, tol)
+    return reconstruct(list(state.values())), velocity.nfe
+
+
+def odeint_scales(velocity, state, start, end, method, steps, tol):
+    """ODEINT of Alg. 2: carries the state, a dict {k: tensor}, from time `start` to `end`.
+
+    A fixed-step method makes `steps` steps over [0, 1]; this segment gets its share, at least one.
+    """
+    device = state[max(state)].device
+    if method == 'dopri5':      # chooses its own steps, which stay within the segment
+        times = torch.tensor([start, end], device=device)
+        options = dict(step_t=times[1:])
+    else:
+        n = max(1, round(steps * end) - round(steps * start))
+        times = torch.linspace(start, end, n + 1, device=device)
+        options = {}
+
+    def ode(t, x):
+        v = velocity(dict(zip(state, x)), t.clamp(start, end))  # its first trial may not
+        if not all(v_k.isfinite().all() for v_k in v.values()):
+            raise FloatingPointError(f'the velocity at t = {t:.3f} is not finite')
+        return tuple(v.values())
+
+    x = odeint(ode, tuple(state.values()), times, rtol=tol, atol=tol, method=method,
+               options=options)
+    return {k: x_k[-1] for k, x_k in zip(state, x)}
 
 
 @dataclass
@@ -39,79 +82,23 @@ class GuidedVelocity:
     def __call__(self, x, t):
         """x is {k: (B, C, H/2^k, W/2^k)}, t a tensor of one number. Returns a dict like x."""
         self.nfe += 1
-        B = len(x[max(x)])
+        t = t.expand(len(x[max(x)]))                # (B,)
+        v = self.model(x, t, self.y)
         if self.cfg == 1 or self.y is None:
-            return self.model(x, t.expand(B), self.y)
-        null = torch.full_like(self.y, self.model.config.n_classes)
-        twice = {k: torch.cat([x[k], x[k]]) for k in x}
-        v = self.model(twice, t.expand(2 * B), torch.cat([self.y, null]))
-        guided = {}
-        for k in x:
-            v_y, v_null = v[k].chunk(2)
-            guided[k] = v_null + self.cfg * (v_y - v_null)
-        return guided
-
-
-def odeint_scales(velocity, state, start, end, method, steps, tol):
-    """ODEINT of Alg. 2: the state, a dict {k: tensor}, at time `end` from that at `start`.
-
-    A fixed-step method makes `steps` steps over [0, 1]; this segment gets its share, at least one.
-    dopri5 chooses its own. If they shrink to nothing, FloatingPointError is raised.
-    """
-    device = state[max(state)].device
-    n = max(1, round(steps * end) - round(steps * start))
-    options = {}
-    if method == 'dopri5':
-        n = 1
-        options['step_t'] = torch.tensor([end], device=device)      # no step goes beyond
-    t = torch.linspace(start, end, n + 1, device=device)
-
-    def ode(time, x):
-        time = time.clamp(start, end)       # dopri5 probes beyond for its first step
-        v = velocity(dict(zip(state, x)), time)
-        return tuple(v.values())
-
-    try:
-        x = odeint(ode, tuple(state.values()), t, rtol=tol, atol=tol, method=method,
-                   options=options)
-    except AssertionError as error:
-        if not str(error).startswith(('underflow in dt', 'non-finite')):
-            raise       # a fork's own
-        raise FloatingPointError(f'{method} fails from t = {start:g}') from error
-    return {k: x_k[-1] for k, x_k in zip(state, x)}
-
-
-@torch.no_grad()
-def generate(model, noise, y=None, method='dopri5', steps=50, tol=1e-5, cfg=1.0):
-    """Alg. 2: images (B, C, H, W) from noise (B, C, H, W) float32, and the number of evaluations.
-
-    y is (B,) labels or None. method is one of METHODS. tol is dopri5's absolute and relative
-    tolerance; the other methods make `steps` steps. cfg = 1 is the conditional model.
-    """
-    config = model.config
-    x0 = laplacian_pyramid(noise, config.K)
-    velocity = GuidedVelocity(model, y, cfg)
-    state = {}
-    for k in reversed(range(config.K)):
-        state = hand_over(state, k, x0, config)
-        start, end = config.times[k + 1], config.times[k]
-        state = odeint_scales(velocity, state, start, end, method, steps, tol)
-    x = reconstruct(list(state.values()))
-    if not x.isfinite().all():
-        raise FloatingPointError('the images are not finite: the model has diverged')
-    return x, velocity.nfe
+            return v
+        v_null = self.model(x, t)
+        return {k: v_null[k] + self.cfg * (v[k] - v_null[k]) for k in x}
 
 
 def noise_of(seed, index, shape):
     """Standard normal noise of the samples in index, (len(index), *shape), each from (seed, i)."""
-    generators = [np.random.default_rng((seed, i)) for i in index]
-    noise = [generator.standard_normal(shape, np.float32) for generator in generators]
+    noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in index]
     return torch.from_numpy(np.stack(noise))
 
 
 def labels_of(index, classes):
     """The labels of the samples in index: they go through the given classes in turn."""
-    return [classes[i % len(classes)] for i in index]
+    return np.take(classes, index, mode='wrap')
 
 
 def to_uint8(x):
@@ -123,13 +110,12 @@ def to_uint8(x):
 def draw(model, vae, meta, seed, index, classes, autocast, **solver):
     """The pictures of the samples in index, (B, H, W, C) uint8, and the number of evaluations.
 
-    meta is the dataset's. classes are the numbers of those to draw. solver has more arguments of
+    meta is the dataset's. classes are the numbers of those to draw. solver are more arguments of
     `generate`. dopri5 runs in float32: rounding can make it reject its steps.
     """
     config = model.config
     device = next(model.parameters()).device
-    shape = config.channels, config.size, config.size
-    noise = noise_of(seed, index, shape).to(device)
+    noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
     y = None
     if config.n_classes > 0:
         y = torch.tensor(labels_of(index, classes), device=device)
@@ -151,12 +137,10 @@ def save_grid(file, images, columns=10):
 
 def load_checkpoint(file):
     """The dict that train.py saved, on the CPU. Tensors are read when they are used."""
-    check(os.path.isfile(file), f'there is no checkpoint {file!r}: train.py makes them')
-    with explain(f'{file!r} is not a checkpoint of this train.py, or is damaged',
-                 RuntimeError, KeyError, TypeError, IndexError):
+    with exit_on_error(f'{file!r} is no checkpoint of this train.py, or is damaged'):
         checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        unknown = set(checkpoint['model_args']) - set(LapFlowConfig.__dataclass_fields__)
-    check(not unknown, f'{file!r} is not a checkpoint of this train.py: it has {unknown}')
+        args, known = checkpoint['model_args'], LapFlowConfig.__dataclass_fields__
+    check(args.keys() <= known.keys(), f'{file!r} is of another model than this LapFlow: {args}')
     return checkpoint
 
 
@@ -165,12 +149,6 @@ def load_model(checkpoint, device):
     model = LapFlow(LapFlowConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['ema'] or checkpoint['model'])
     return model.to(device).eval()
-
-
-def sampling_defaults(settings):
-    """The settings of `generate` that the checkpoint carries, for `configure`."""
-    config = load_checkpoint(settings['ckpt'])['config']
-    return {key: config[key] for key in ('method', 'steps', 'tol', 'cfg')}
 
 
 def check_solver(config, method, tol, cfg, label_drop):
@@ -194,26 +172,27 @@ if __name__ == '__main__':
     tol = 1e-5
     cfg = 1.0
     device = 'auto'
-    dtype = 'float32'       # TF32 on GPUs; others are for fixed-step methods
-    configure(globals(), 'num_samples batch_size steps', inherit=sampling_defaults)
-    device, rank, world = launch(device)
+    dtype = 'float32'       # TF32 on GPUs; bfloat16 is for fixed-step methods
+    configure(globals())    # for ckpt
     checkpoint = load_checkpoint(ckpt)
+    meta, trained = checkpoint['data'], checkpoint['config']
+    method, steps, tol, cfg = trained['method'], trained['steps'], trained['tol'], trained['cfg']
+    configure(globals())    # again, so that the command line wins over the checkpoint
+    check(min(num_samples, batch_size, steps) > 0,
+          'num_samples, batch_size and steps must be at least 1')
+    device, rank, world = launch(device)
+    autocast, dtype = autocast_for(device, dtype)
     model = load_model(checkpoint, device)
-    meta = checkpoint['data']
     check(not vae or meta['vae'], 'the model draws pixels: it has no VAE')
     meta['vae'] = vae or meta['vae']
     vae = load_vae(meta, device)
-    check_solver(model.config, method, tol, cfg, checkpoint['config']['label_drop'])
-    check(dtype != 'bfloat16' or method != 'dopri5', 'dopri5 needs float32')
-    autocast, dtype = precision(device, dtype)
-    classes = range(model.config.n_classes)
-    if cls in meta['classes']:
-        classes = [meta['classes'].index(cls)]
-    elif cls:
-        check(cls.isdecimal() and int(cls) in classes,
-              f'cls must be the name of a class, one of {meta["classes"]}, '
-              f'or a number below {len(classes)}, but it is {cls!r}')
-        classes = [int(cls)]
+    check_solver(model.config, method, tol, cfg, trained['label_drop'])
+    names = meta['classes']
+    classes = range(len(names))         # the numbers of those to draw
+    if cls:
+        check(cls in names or cls.isdecimal() and int(cls) in classes,
+              f'cls must be the name of a class, one of {names}, or a number below {len(names)}')
+        classes = [names.index(cls) if cls in names else int(cls)]
     out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
     check(out.endswith(('.png', '.npz', '/')), f'out must be .png, .npz or NAME/: {out!r}')
     check(out.endswith('/') or not os.path.isdir(out), f'{out} is a folder')
@@ -221,34 +200,33 @@ if __name__ == '__main__':
     # All processes write to one array, which becomes what is wanted
     file = f'{out.rstrip("/")}.parts.npy'
     side = meta.get('image_size', meta['size'])
-    shape = num_samples, side, side, 3 if vae else meta['channels']
+    channels = 3 if vae else meta['channels']
     if rank == 0:
-        with explain(f'cannot write {out}'):
+        with exit_on_error(f'cannot write {out}'):
             os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
             check(out[-1] != '/' or not os.listdir(out), f'{out} is not empty')
-            new_array(file, np.uint8, shape)
+            new_array(file, np.uint8, (num_samples, side, side, channels))
     barrier()
     images = np.load(file, mmap_mode='r+')
     nfes = []
-    starts = range(rank * batch_size, num_samples, world * batch_size)
-    for first in tqdm(starts, disable=rank > 0):
+    for first in tqdm(range(rank * batch_size, num_samples, world * batch_size), disable=rank > 0):
         index = range(first, min(first + batch_size, num_samples))
-        try:
+        with exit_on_error('the samples cannot be drawn: has the model diverged?',
+                           FloatingPointError):
             images[index], nfe = draw(model, vae, meta, seed, index, classes, autocast,
                                       method=method, steps=steps, tol=tol, cfg=cfg)
-        except FloatingPointError as error:
-            check(False, f'the samples cannot be drawn: has the model diverged? ({error})')
         nfes.append(nfe)
     barrier()
-    with explain(f'cannot write {out}'):
+    with exit_on_error(f'cannot write {out}'):
         if out.endswith('/'):
             for i in range(rank, num_samples, world):
                 Image.fromarray(images[i].squeeze()).save(f'{out}{i:06}.png')
         elif rank == 0 and out.endswith('.png'):
             save_grid(out, images)
+        elif rank == 0 and classes:
+            np.savez(out, images, labels_of(range(num_samples), classes))   # arr_0, arr_1
         elif rank == 0:
-            labels = [labels_of(range(num_samples), classes)] if classes else []
-            np.savez(out, images, *labels)      # as arr_0, arr_1
+            np.savez(out, images)
     barrier()
     if rank == 0:
         os.remove(file)

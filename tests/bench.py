@@ -20,6 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
-import baselines  # noqa: E402
-from configurator import check, configure, launch, precision  # noqa: E402
+import model  # noqa: E402
+from configurator import autocast_for, check, configure, launch  # noqa: E402
 from data import Dataset, decode, load_vae, training_order  # noqa: E402
-from model import (ATTENTION, LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times,  # noqa: E402
-                   states_and_velocities)
-from sample import (check_solver, generate, load_checkpoint, load_model, noise_of,  # noqa: E402
-                    sampling_defaults)
+from judge import restart_under_variant  # noqa: E402
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss,  # noqa: E402
+                   packed_stages, stage_times, states_and_velocities)
+from sample import check_solver, generate, load_checkpoint, load_model, noise_of  # noqa: E402
 
 
 def attention_cost(T):
@@ -54,17 +55,18 @@ def attention_cost(T):
 
 
 def flops_per_segment(config):
+    """FLOPs of one evaluation for one image in every segment, coarsest first: all, and attention's.
+
+    They are those of torch's counter on the meta device.
     """
-    FLOPs of one evaluation for one image in every segment, coarsest first, by torch's counter on the meta device: the
-    whole network's and attention's.
-    """
-    counts = []
+    counts, state = [], {}
     with torch.device('meta'):
-        model = LapFlow(config)
-        for s in reversed(range(config.K)):
-            x = {k: torch.empty(1, config.channels, config.size >> k, config.size >> k) for k in range(s, config.K)}
+        network = LapFlow(config)
+        x0 = laplacian_pyramid(torch.empty(1, config.channels, config.size, config.size), config.K)
+        for k in reversed(range(config.K)):
+            state = model.join(state, k, x0, config)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(x, torch.empty(1))
+                network(state, torch.empty(1))
             attention = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'addmm' not in str(op))
             counts.append((counter.get_total_flops(), attention))
     return counts
@@ -100,10 +102,7 @@ def hardware(device):
 
 @torch.no_grad()
 def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device, repeats=3):
-    """
-    Median seconds per image of sampling a batch, without and with decoding, and the NFE of each repeat
-    (seeds 0, 1, ...).
-    """
+    """Median seconds per image, without and with decoding, and the NFE of each repeat (seed)."""
     c, times, decoded, nfes = model.config, [], [], []
     for seed in range(repeats + 1):     # the first is a warm-up
         noise = noise_of(seed, range(batch), (c.channels, c.size, c.size)).to(device)
@@ -119,9 +118,8 @@ def seconds_per_image(model, batch, y, method, steps, tol, cfg, decoder, device,
     return statistics.median(times[1:]), statistics.median(decoded[1:]), nfes[1:]
 
 
-def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
+def table_1(checkpoint, batch_size, method, steps, tol, cfg, device, seeds):
     """Prints the Table-1 row of a checkpoint."""
-    checkpoint = load_checkpoint(ckpt)
     model, meta = load_model(checkpoint, device), checkpoint['data']
     config = model.config
     check_solver(config, method, tol, cfg, checkpoint['config']['label_drop'])
@@ -148,16 +146,13 @@ def table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds):
           + ' | '.join(str(cell) for cell in row.values()) + ' |')
 
 
-def dense_attention(q, k, v):
-    """
-    What the engine replaces: one attention over all tokens under a dense block-causal mask. All scales must have all
-    images.
-    """
-    owner = torch.cat([torch.full((x.shape[2],), scale, device=x.device) for scale, x in q.items()])
+def dense_attention(queries, keys, values):
+    """What the engine replaces: one attention under a dense mask. All scales have all images."""
+    owner = torch.cat([torch.full((q.shape[2],), k, device=q.device) for k, q in queries.items()])
     mask = owner[None] >= owner[:, None]
-    q_all, k_all, v_all = (torch.cat(list(part.values()), dim=2) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q_all, k_all, v_all, attn_mask=mask)
-    return dict(zip(q, out.split([x.shape[2] for x in q.values()], dim=2)))
+    q, k, v = (torch.cat(list(part.values()), dim=2) for part in (queries, keys, values))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return dict(zip(queries, out.split([q.shape[2] for q in queries.values()], dim=2)))
 
 
 class Trainer:
@@ -171,9 +166,10 @@ class Trainer:
     def __init__(self, config, batch, device, packing='packed', compiled='', checkpoint_blocks=False, parts=1,
                  weights_of=None):
         self.config, self.B, self.device, self.packing, self.parts = config, batch, device, packing, parts
-        self.autocast, self.dtype = precision(device, 'auto')
+        self.autocast, self.dtype = autocast_for(device, 'auto')
         torch.backends.cuda.enable_flash_sdp(device != 'cpu' or self.dtype != 'bfloat16')       # as train.py
-        self.attention = dense_attention if packing == 'padded' else ATTENTION[config.mask]
+        attention = dense_attention if packing == 'padded' else model.block_causal_attention
+        self.attention = mock.patch.object(model, 'block_causal_attention', attention)
         self.x1, self.x0 = torch.randn(2, batch, config.channels, config.size, config.size, device=device)
         self.y = torch.zeros(batch, dtype=torch.long, device=device) if config.n_classes else None
         self.steps = 0
@@ -191,8 +187,6 @@ class Trainer:
 
     def __call__(self):
         K, B = self.config.K, self.B
-        for block in self.model.blocks:
-            block.attention = self.attention
         stage = packed_stages(B, K)
         if self.packing == 'padded':
             stage = torch.zeros_like(stage)
@@ -203,7 +197,7 @@ class Trainer:
             share = slice(i, None, self.parts)
             x_t, u_t = states_and_velocities(self.x1[share], self.x0[share], t[share], stage[share], self.config)
             y = None if self.y is None else self.y[share]
-            with self.autocast:
+            with self.attention, self.autocast:
                 v_t = self.model(x_t, t[share], y)
             loss, _ = multiscale_loss(v_t, u_t, (1.0,) * K, B)
             loss.backward()
@@ -222,7 +216,7 @@ class Sampler:
         self.noise = noise_of(0, range(trainer.B), (c.channels, c.size, c.size)).to(trainer.device)
 
     def __call__(self):
-        with self.trainer.autocast:
+        with self.trainer.attention, self.trainer.autocast:
             generate(self.trainer.model, self.noise, self.trainer.y, 'euler', 20)
 
 
@@ -267,7 +261,7 @@ def matmul_ceiling(device, dtype, n=2048):
 def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, compiled):
     """Prints images/s of training steps and of sampling for this engine and what it replaces, and their ratios."""
     base = dict(size=size, channels=4, patch=patch, width=width, depth=depth, heads=heads)
-    dtype = precision(device, 'auto')[1]
+    dtype = autocast_for(device, 'auto')[1]
     ours, single = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=())
     steps = {
         'packed, no mask (ours)': Trainer(ours, batch_size, device, compiled=compiled),
@@ -289,15 +283,12 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
 
 
 def packed_flops(config, B):
-    """Forward FLOPs of one packed batch of B images, of LapFlow or a baseline, by torch's counter."""
-    network, states = LapFlow, states_and_velocities
-    if isinstance(config, baselines.FlowConfig):
-        network, states = baselines.OneScale, baselines.states_and_velocities
+    """Forward FLOPs of a packed batch of B images, for what is in model, by torch's counter."""
     stage = packed_stages(B, config.K)
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
         images, t, y = torch.empty(B, config.channels, config.size, config.size), torch.empty(B), stage.to('meta')
-        x_t, _ = states(images, images, t, stage, config)
-        network(config)(x_t, t, y)
+        x_t, _ = model.states_and_velocities(images, images, t, stage, config)
+        model.LapFlow(config)(x_t, t, y)
     return counter.get_total_flops()
 
 
@@ -309,15 +300,15 @@ def peak_memory(config, images, checkpoint_blocks=False):
     """
     counts = [int((packed_stages(images, config.K) <= k).sum()) for k in range(config.K)]
     with FakeTensorMode():
-        model = LapFlow(config)
-        model.checkpoint_blocks = checkpoint_blocks
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        network = LapFlow(config)
+        network.checkpoint_blocks = checkpoint_blocks
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
         x = {k: torch.empty(n, config.channels, config.size >> k, config.size >> k) for k, n in enumerate(counts)}
         t = torch.empty(images)
 
         def step():
             with torch.autocast('cpu', torch.bfloat16):
-                v = model(x, t)
+                v = network(x, t)
             loss, _ = multiscale_loss(v, x, (1.0,) * config.K, images)
             loss.backward()
             optimizer.step()
@@ -325,7 +316,7 @@ def peak_memory(config, images, checkpoint_blocks=False):
 
         step()      # makes gradients and AdamW's state
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, t, *x.values())
+        tracker.track_external(network, optimizer, t, *x.values())
         with tracker:
             step()
     return tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total'] / 2 ** 30
@@ -459,13 +450,21 @@ if __name__ == '__main__':
     T = (0.5,)
     repeats = 5
     compiled = ''           # a backend of torch.compile, such as inductor
-    configure(globals(), at_least_1='batch_size seeds steps width depth heads patch size repeats',
-              inherit=lambda settings: sampling_defaults(settings) if settings['ckpt'] else {})
+    configure(globals())
     check(what in ('engine', 'loop', 'costs', 'memory'),
           f'what must be engine, loop, costs or memory, but it is {what!r}')
+    if ckpt:
+        restart_under_variant(ckpt)
+        checkpoint = load_checkpoint(ckpt)
+        trained = checkpoint['config']
+        method, steps, tol = trained['method'], trained['steps'], trained['tol']
+        cfg = trained['cfg']
+        configure(globals())    # again, so that the command line wins over the checkpoint
+    check(min(batch_size, seeds, steps, width, depth, heads, patch, size, repeats) > 0,
+          'batch_size, seeds, steps, repeats and sizes must be at least 1')
     device, _, _ = launch(device)
     if ckpt:
-        table_1(ckpt, batch_size, method, steps, tol, cfg, device, seeds)
+        table_1(checkpoint, batch_size, method, steps, tol, cfg, device, seeds)
     elif what == 'costs':
         costs()
     elif what == 'memory':

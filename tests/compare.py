@@ -1,18 +1,15 @@
-"""
-Trains the systems of the paper's Table 1, or ablations, on one dataset, and judges each on its way: curves at equal
-training FLOPs.
+"""Trains the systems of the paper's Table 1, or ablations, on one dataset, and judges each.
 
-    python tests/compare.py --dataset=fashion                                   # the systems, one seed
-    python tests/compare.py --dataset=fashion --seeds=3 --points=500,1000       # three seeds, the beginning only
-    python tests/compare.py --dataset=fashion --patch=2 --out_dir=out-patch2
+    python tests/compare.py --dataset=fashion                               # the systems, one seed
+    python tests/compare.py --dataset=fashion --seeds=3 --points=500,1000   # three, the beginning
     python tests/compare.py --only=ablations --points=1000
-    python tests/compare.py --dataset=fashion --only=changes --points=1000      # to image tokens and to EdifyImage
+    python tests/compare.py --dataset=fashion --only=changes --points=1000  # to image tokens, Edify
 
-The learning rate is constant and the EMA is judged: so a short run is the beginning of a long one, and no budget has to
-be chosen beforehand. `points` are LapFlow's iterations; the others train as many as cost the same (forward FLOPs of a
-packed batch, by torch's counter). At every point the run stops, draws class-conditional samples without guidance, is
-judged by tests/judge.py, and goes on. Run the command again, with other points if you like, to go on where it stopped:
-checkpoints stay in out_dir, results in one JSON file per run. tests/figures.py reads copies of them in tests/results.
+The learning rate is constant and the EMA is judged: so a short run is the beginning of a long one.
+`points` are LapFlow's iterations; the others train as many as cost the same forward FLOPs of a
+packed batch. At every point the run stops, draws class-conditional samples without guidance, is
+judged by tests/judge.py, and goes on. The same command, with other points if you like, goes on:
+checkpoints stay in out_dir, results in one JSON file per run, for tests/results.
 """
 import json
 import os
@@ -20,49 +17,64 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from baselines import FlowConfig  # noqa: E402
+import model  # noqa: E402
 from bench import packed_flops  # noqa: E402
-from configurator import changes, check, configure, explain  # noqa: E402
+from configurator import check, configure, exit_on_error  # noqa: E402
 from data import Dataset  # noqa: E402
 from judge import judged, load_judge, load_samples  # noqa: E402
-from model import LapFlowConfig  # noqa: E402
+from variants import VariantConfig, apply  # noqa: E402
 
-# Fields of LapFlowConfig, and the baseline's name if it is one
-SYSTEMS = {'lapflow': {}, 'image tokens': dict(image_tokens=True), 'three scales': dict(T=(0.67, 0.33)),
-           'single scale': dict(T=()), 'pyramidal': dict(flow='pyramidal', shared='qkv,proj,ffn,mod'),
-           'edify': dict(flow='edify')}
+TWO, THREE, ALL = (0.5,), (0.67, 0.33), 'shared=qkv+proj+ffn+mod'
+# T, and the variant of tests/variants.py if it is one
+SYSTEMS = {
+    'lapflow': (TWO, ''), 'image tokens': (TWO, 'image_tokens=True'), 'three scales': (THREE, ''),
+    'single scale': ((), ''), 'pyramidal': (TWO, f'flow=pyramidal,{ALL}'),
+    'edify': (TWO, 'flow=edify')}
 ABLATIONS = {
-    'lapflow': {},
-    '2g 1 scale': dict(T=()), '2g 3 scales': dict(T=(0.67, 0.33)), '2g 4 scales': dict(T=(0.75, 0.5, 0.25)),
-    '2c mask self': dict(mask='self'), '2c mask none': dict(mask='none'), '2d T=0.1': dict(T=(0.1,)),
-    '2d T=0.2': dict(T=(0.2,)), '2d T=0.9': dict(T=(0.9,)), '2f GVP': dict(path='gvp'), 'D cubic': dict(path='cubic'),
-    'D quadratic': dict(path='quadratic'), '2f 1 scale with GVP': dict(T=(), path='gvp'),
-    '5 T=0.9 0.33': dict(T=(0.9, 0.33)), '5 T=0.67 0.1': dict(T=(0.67, 0.1)),
-    'ffn and mod shared': dict(shared='ffn,mod'), 'all shared': dict(shared='qkv,proj,ffn,mod')}
+    'lapflow': (TWO, ''), '2g 1 scale': ((), ''), '2g 3 scales': (THREE, ''),
+    '2g 4 scales': ((0.75, 0.5, 0.25), ''), '2c mask self': (TWO, 'mask=self'),
+    '2c mask none': (TWO, 'mask=none'), '2d T=0.1': ((0.1,), ''), '2d T=0.2': ((0.2,), ''),
+    '2d T=0.9': ((0.9,), ''), '2f GVP': (TWO, 'schedule=gvp'), 'D cubic': (TWO, 'schedule=cubic'),
+    'D quadratic': (TWO, 'schedule=quadratic'), '2f 1 scale with GVP': ((), 'schedule=gvp'),
+    '5 T=0.9 0.33': ((0.9, 0.33), ''), '5 T=0.67 0.1': ((0.67, 0.1), ''),
+    'ffn and mod shared': (TWO, 'shared=ffn+mod'), 'all shared': (TWO, ALL)}
 CHANGES = {
-    'image tokens': dict(image_tokens=True), 'image 3 scales': dict(image_tokens=True, T=(0.67, 0.33)),
-    'image T=0.3': dict(image_tokens=True, T=(0.3,)), 'image T=0.7': dict(image_tokens=True, T=(0.7,)),
-    'image mask none': dict(image_tokens=True, mask='none'),
-    'image all shared': dict(image_tokens=True, shared='qkv,proj,ffn,mod'),
-    'image qkv separate': dict(image_tokens=True, shared='ffn,mod,proj'), 'qkv separate': dict(shared='ffn,mod,proj'),
-    'edify 3 scales': dict(flow='edify', T=(0.67, 0.33))}
+    'image tokens': (TWO, 'image_tokens=True'), 'image 3 scales': (THREE, 'image_tokens=True'),
+    'image T=0.3': ((0.3,), 'image_tokens=True'), 'image T=0.7': ((0.7,), 'image_tokens=True'),
+    'image mask none': (TWO, 'image_tokens=True,mask=none'),
+    'image all shared': (TWO, f'image_tokens=True,{ALL}'),
+    'image qkv separate': (TWO, 'image_tokens=True,shared=ffn+mod+proj'),
+    'qkv separate': (TWO, 'shared=ffn+mod+proj'), 'edify 3 scales': (THREE, 'flow=edify')}
 VARIANTS = SYSTEMS | ABLATIONS | CHANGES
 TRAINING = ('--batch_size=64 --learning_rate=2e-3 --min_lr=2e-3 --warmup_iters=50 --beta2=0.99 --ema_decay=0.999 '
             '--eval_interval=100_000 --log_interval=100 --sample_images=10 --compile=False').split()
 
 
-def flops_of(**variant):
-    """Forward FLOPs of a batch of the dataset's images, for the network with a variant's settings."""
-    settings = network | dict(size=data.meta['size'], channels=data.meta['channels'], patch=patch,
-                              n_classes=len(data.meta['classes'])) | variant
-    config = FlowConfig(**settings) if 'flow' in variant else LapFlowConfig(**settings)
-    return packed_flops(config, 64)
+@contextmanager
+def in_place(variant):
+    """A variant, or '', in module model, then LapFlow again. Yields the field of its config."""
+    lapflow = dict(vars(model))
+    if variant:
+        apply(variant)
+    yield dict(variant=variant) if variant else {}
+    vars(model).update(lapflow)
+    VariantConfig.applied = ''
+
+
+def flops_of(T, variant):
+    """Forward FLOPs of a batch of the dataset's images."""
+    n_classes = len(data.meta['classes'])
+    with in_place(variant) as named:
+        config = model.LapFlowConfig(data.meta['size'], data.meta['channels'], T=T,
+                                     n_classes=n_classes, **network, **named)
+        return packed_flops(config, 64)
 
 
 def write_json(file, content):
@@ -71,9 +83,9 @@ def write_json(file, content):
     os.replace(f'{file}.tmp', file)
 
 
-def run(script, log, flow, *settings):
-    """Runs train.py or sample.py, of LapFlow or a baseline; what it prints goes to a log."""
-    command = [ROOT / 'tests/baselines.py', flow, script] if flow else [ROOT / script]
+def run(script, log, variant, *settings):
+    """Runs train.py or sample.py, of LapFlow or a variant; what it prints goes to a log."""
+    command = [ROOT / 'tests/variants.py', variant, script] if variant else [ROOT / script]
     with open(log, 'a') as f:
         subprocess.run([sys.executable, '-u', *command, *settings], check=True, stdout=f, stderr=f,
                        env=os.environ | {'OMP_NUM_THREADS': str(threads)})
@@ -85,25 +97,24 @@ def judge_at(point, name, seed, before):
         before.result()     # the point before this one
     torch.set_num_threads(threads)      # of this thread's operations
     folder, file = f'{out_dir}/{name.replace(" ", "-")}-{seed}', f'{out_dir}/{name.replace(" ", "-")}-{seed}.json'
-    args, flops = VARIANTS[name], flops_of(**VARIANTS[name])
+    T, variant = VARIANTS[name]
     result = dict(dataset=dataset, patch=patch, system=name, seed=seed, extra=extra, samples=num_samples, rows=[])
     if os.path.exists(file):
         result = json.loads(Path(file).read_text())
     for row in result['rows']:
         if row['point'] == point:
             return row
-    iterations = round(point * flops_of() / flops)
+    iterations = round(point * flops['lapflow'] / flops[name])
     os.makedirs(folder, exist_ok=True)
-    log, flow = f'{folder}/log.txt', args.get('flow')
-    settings = [f'--{key}={value}' for key, value in (network | dict(patch=patch) | args).items() if key != 'flow']
-    run('train.py', log, flow, *settings, *TRAINING, *extra.split(), f'--dataset={dataset}', f'--seed={seed}',
-        f'--out_dir={folder}', f'--max_iters={iterations}')
+    log, settings = f'{folder}/log.txt', [f'--{key}={value}' for key, value in network.items()]
+    run('train.py', log, variant, *settings, f'--T={T}', *TRAINING, *extra.split(),
+        f'--dataset={dataset}', f'--seed={seed}', f'--max_iters={iterations}', f'--out_dir={folder}')
     reached = torch.load(f'{folder}/ckpt.pt', weights_only=True)['iter_num']
     check(reached == iterations, f'{folder}/ckpt.pt is at iteration {reached}, not {iterations}: if it was stopped, '
           'run the same command again; if it is past that point, give another --out_dir')
-    run('sample.py', log, flow, '--ckpt', f'{folder}/ckpt.pt', '--cfg=1', '--method=midpoint', '--steps=10',
-        f'--num_samples={num_samples}', '--dtype=auto', f'--out={folder}/samples.npz')
-    row = dict(point=point, iterations=iterations, flops=3 * flops * iterations,
+    run('sample.py', log, variant, '--ckpt', f'{folder}/ckpt.pt', '--cfg=1', '--method=midpoint',
+        '--steps=10', f'--num_samples={num_samples}', '--dtype=auto', f'--out={folder}/samples.npz')
+    row = dict(point=point, iterations=iterations, flops=3 * flops[name] * iterations,
                **judged(judge, data, *load_samples(f'{folder}/samples.npz')))
     result['rows'].append(row)
     write_json(file, result)
@@ -124,22 +135,28 @@ if __name__ == '__main__':
     extra = ''              # more settings of train.py for all, with spaces between them; not the batch size
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
-    configure(globals(), at_least_1='seeds points patch width depth heads num_samples workers')
+    configure(globals())
+    check(min(seeds, *points, patch, width, depth, heads, num_samples, workers) >= 1,
+          'seeds, points, sizes, num_samples and workers must be at least 1')
     names = {'systems': SYSTEMS, 'ablations': ABLATIONS, 'changes': CHANGES}.get(only, only.split(','))
     for name in names:
-        check(name in VARIANTS, f'there is no variant {name!r}: only takes systems, ablations, changes or any of '
-              f'{", ".join(VARIANTS)}')
-    network = dict(width=width, depth=depth, heads=heads)
-    settings = dict(dataset=dataset, patch=patch, num_samples=num_samples, extra=extra, **network)
+        check(name in VARIANTS,
+              f'only is systems, ablations, changes or of {list(VARIANTS)}, not {name!r}')
+    network = dict(patch=patch, width=width, depth=depth, heads=heads)
+    settings = dict(dataset=dataset, num_samples=num_samples, extra=extra, **network)
     file = f'{out_dir}/settings.json'
-    with explain(f'cannot use {file}'):
+    with exit_on_error(f'cannot use {file}'):
         os.makedirs(out_dir, exist_ok=True)
         if not os.path.exists(file):
             write_json(file, settings)
-        differences = changes(json.loads(Path(file).read_text()), settings)
-    check(not differences, f'{out_dir} was begun with other settings ({differences}): give another --out_dir')
+        there = json.loads(Path(file).read_text())
+        differences = [f'{key} is {there[key]!r} there and {here!r} here'
+                       for key, here in settings.items() if there[key] != here]
+    check(not differences, f'{out_dir} was begun with other settings ({"; ".join(differences)}): '
+          'give another --out_dir')
     data = Dataset(dataset)
     judge = load_judge(data, dataset)
+    flops = {name: flops_of(*VARIANTS[name]) for name in ('lapflow', *names)}
     threads = max(1, torch.get_num_threads() // workers)
     futures = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -149,11 +166,10 @@ if __name__ == '__main__':
                     futures[name, seed] = pool.submit(judge_at, int(point), name, seed, futures.get((name, seed)))
                     futures[name, seed, point] = futures[name, seed]
     print('| variant | seeds | point | iterations | accuracy | Frechet | precision | recall |\n' + '| --- ' * 8 + '|')
+    measures = (statistics.mean, statistics.stdev)[:seeds]
     for name in names:
         for point in points:
             rows = [futures[name, seed, point].result() for seed in range(seeds)]
-            cells = [' ± '.join(form.format(f([row[key] for row in rows])) for f in (
-                (statistics.mean, statistics.stdev) if seeds > 1 else (statistics.mean,)))
-                for key, form in (('accuracy', '{:.3f}'), ('frechet', '{:.1f}'), ('precision', '{:.3f}'),
-                                  ('recall', '{:.3f}'))]
+            cells = [' ± '.join(f'{f([row[key] for row in rows]):.4g}' for f in measures)
+                     for key in ('accuracy', 'frechet', 'precision', 'recall')]
             print(f'| {name} | {seeds} | {point:g} | {rows[0]["iterations"]} | ' + ' | '.join(cells) + ' |')

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'      # tensors this small gain nothing from threads; for subprocesses, too
@@ -21,7 +21,8 @@ import torch  # noqa: E402
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import model  # noqa: E402
-import sample  # noqa: E402, F401
+import sample  # noqa: E402
+import variants  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +50,47 @@ def plain(workplace):
     return folder.name
 
 
+# What tests/variants.py puts in place in module model, of which module sample has some names, too
+CHANGED = ('LapFlow', 'LapFlowConfig', 'MoTBlock', 'alpha', 'sigma', 'block_causal_attention', 'states_and_velocities',
+           'stage_times', 'join')
+
+
+@contextmanager
+def variant_in_place(variant):
+    """Puts a variant of tests/variants.py in place, '' for LapFlow's own, and takes it away at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGED:
+            patch.setattr(model, name, getattr(model, name))
+        patch.setattr(variants.VariantConfig, 'applied', variant)
+        if variant:
+            variants.apply(variant)
+        for name in ('LapFlow', 'LapFlowConfig', 'join'):
+            patch.setattr(sample, name, getattr(model, name))
+        yield
+
+
+def config_in_place(**settings):
+    """A config of the variant that is in place."""
+    if variants.VariantConfig.applied:
+        settings['variant'] = variants.VariantConfig.applied
+    return model.LapFlowConfig(**settings)
+
+
+@pytest.fixture
+def use():
+    """use('mask=none') puts a variant in place until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda variant: stack.enter_context(variant_in_place(variant))
+
+
 def run_in(folder, script, *args):
     """Runs a script in this process, as if from a folder; the sentence that it ended with, '' for a normal end."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [script, *args])
-        if script == 'tests/baselines.py':      # it changes module model, and module sample has names of that
-            for name in ('LapFlow', 'LapFlowConfig', 'states_and_velocities', 'stage_times', 'hand_over'):
+        if script == 'tests/variants.py':       # it changes module model, and module sample has names of that
+            for name in CHANGED:
                 patch.setattr(model, name, getattr(model, name))
             patch.delitem(sys.modules, 'sample')
         try:
@@ -134,8 +168,7 @@ def finish(jobs, output):
 
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
         '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=12', '--method=euler',
-        '--steps=4', '--image_tokens=False', '--dtype=float32', '--device=cpu', '--warmup_iters=0',
-        '--learning_rate=1e-2')
+        '--steps=4', '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
 
 
 @pytest.fixture(scope='session')

@@ -1,26 +1,26 @@
-"""
-Makes a small file of a checkpoint: its weights alone, EMA if there is one, in half precision. sample.py draws from it.
+"""Makes a small file of a checkpoint: its weights alone, EMA if there is one, in half precision.
 
     python tests/export.py --ckpt out-fashion/ckpt.pt --out=assets/fashion.pt
+
+sample.py draws from it.
 """
 import os
-import sys
 
 import torch
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import check, configure, explain  # noqa: E402
-from sample import load_checkpoint  # noqa: E402
+from judge import restart_under_variant     # puts the scripts' folder on the path
+from configurator import check, configure, exit_on_error
+from sample import load_checkpoint
 
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
     out = ''
     configure(globals())
     check(out.endswith('.pt'), f'give a file to write, --out=NAME.pt, not {out!r}')
+    restart_under_variant(ckpt)
     checkpoint = load_checkpoint(ckpt)
     weights = checkpoint['ema'] or checkpoint['model']
     checkpoint.update(model={name: w.half() for name, w in weights.items()}, ema=None)
     del checkpoint['optimizer']
-    with explain(f'cannot write {out}', RuntimeError):
+    with exit_on_error(f'cannot write {out}'):
         torch.save(checkpoint, out)
     print(f'{out}: {os.path.getsize(out) / 1e6:.2f} MB')

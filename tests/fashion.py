@@ -1,5 +1,6 @@
-"""
-Makes data/fashion from the four files of Fashion-MNIST, {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz, which
+"""Makes data/fashion from the four files of Fashion-MNIST.
+
+They are {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz, which
 https://github.com/zalandoresearch/fashion-mnist links: 70,000 grey pictures of clothes, 28 x 28, MIT licence.
 
     python tests/fashion.py --source=DOWNLOADS
@@ -10,13 +11,12 @@ import gzip
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import check, configure, explain  # noqa: E402
+from configurator import check, configure, exit_on_error  # noqa: E402
 
 CLASSES = ['t-shirt', 'trousers', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot']
 
@@ -37,14 +37,14 @@ if __name__ == '__main__':
     out = out.rstrip('/')
     check(not os.path.exists(out), f'{out} exists: delete it, or give another --out')
     four_files = f'{source} must hold the four files of Fashion-MNIST, whole: -ubyte.gz'
-    with explain(four_files, zlib.error):
+    with exit_on_error(four_files):
         images = np.concatenate([read_idx(f'{source}/{part}-images-idx3-ubyte.gz') for part in ('train', 't10k')])
         labels = np.concatenate([read_idx(f'{source}/{part}-labels-idx1-ubyte.gz') for part in ('train', 't10k')])
     check(images.shape == (70_000, 28, 28) and labels.shape == (70_000,), four_files)
     meta = dict(source='Fashion-MNIST', size=32, image_size=32, channels=1, count=len(images), heldout=10_000,
                 classes=CLASSES, flips=1, vae='')
     temporary = f'{out}.{os.getpid()}'      # the folder appears complete
-    with explain(f'cannot write {out}'):
+    with exit_on_error(f'cannot write {out}'):
         os.makedirs(temporary)
         np.save(f'{temporary}/images.npy', np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None])
         np.save(f'{temporary}/labels.npy', labels.astype(np.int64))

@@ -14,8 +14,7 @@ details.png     README's "Ten details for one composition", and where the detail
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
 clothes.png     real pictures above those of --fashion; needs data/fashion
-
-The same checkpoint gives the same pictures on the same machine."""
+"""
 import io
 import json
 import math
@@ -32,18 +31,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from configurator import check, configure  # noqa: E402
 from data import Dataset, decode, load_vae  # noqa: E402
+from judge import restart_under_variant  # noqa: E402
 from model import (LapFlowConfig, alpha, block_causal_attention, laplacian_pyramid, packed_stages,  # noqa: E402
                    reconstruct, sigma, stage_times)
-from sample import (draw, generate, load_checkpoint, load_model, noise_of, sampling_defaults, save_grid,  # noqa: E402
+from sample import (draw, generate, load_checkpoint, load_model, noise_of, save_grid,  # noqa: E402
                     to_uint8)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = ROOT / 'tests/results'
+SOLVER = ('method', 'steps', 'tol', 'cfg')
 WIDTH = 8.5                                     # inches, of 150 pixels: README shows about 100 of them to the inch
 COLOURS = ('#3572b8', '#3f9a54', '#e0872b')     # of the scales, finest first
 GREY, PALE, DARK, RED, VIOLET, TEAL = '#8a8f98', '#eef0f3', '#222222', '#c0392b', '#7b3fa0', '#1899a0'
@@ -190,14 +191,14 @@ def packed():
 
 
 class Recorded(torch.nn.Module):
-    """A model that keeps each time that it is asked for, and the first image's state at it."""
+    """A model that keeps the first image's state at each time that it is asked for."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.config, self.frames = model, model.config, []
+        self.model, self.config, self.frames = model, model.config, {}
 
-    def forward(self, x_t, t, y):
-        self.frames.append((t[0].item(), {k: x[:1] for k, x in x_t.items()}))
+    def forward(self, x_t, t, y=None):
+        self.frames[t[0].item()] = {k: x[:1] for k, x in x_t.items()}
         return self.model(x_t, t, y)
 
 
@@ -234,11 +235,10 @@ def trajectory():
     y = torch.tensor([label]) if config.n_classes else None
     x, _ = generate(recorded, noise, y, 'euler', 40, cfg=solver['cfg'])
     finished = dict(enumerate(laplacian_pyramid(x, config.K)))
-    frames = [*recorded.frames[::4], (1.0, finished)]
+    frames = [*list(recorded.frames.items())[::4], (1.0, finished)]
     names = [f'scale {k}' for k in reversed(range(config.K))] + ['their sum']
     columns = [joined([words(72, 18, ''), *(words(72, 96, name) for name in names)], 0)]
-    for t, state in frames:
-        columns.append(joined([words(96, 18, f't = {t:.1f}'), *cells(state, 96)], 0))
+    columns += [joined([words(96, 18, f't = {t:.1f}'), *cells(x, 96)], 0) for t, x in frames]
     Image.fromarray(joined(columns, 1)).save(f'{out}/trajectory.png', optimize=True)
     pages = []
     for t, state in frames:
@@ -318,7 +318,7 @@ def clothes():
     first = [data.eval_index[y == c][:2] for c in range(10)]
     checkpoint = load_checkpoint(fashion)
     drawn = draw(load_model(checkpoint, 'cpu'), None, checkpoint['data'], 0, range(40), range(10), nullcontext(),
-                 **sampling_defaults(dict(ckpt=fashion)))[0]
+                 **{key: checkpoint['config'][key] for key in SOLVER})[0]
     images = {'real': to_uint8(data.batch(np.stack(first, 1).flatten())[0]), 'drawn': drawn}
     figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 5.2), height_ratios=(1, 2))
     for panel, (name, pictures) in zip(panels, images.items()):
@@ -364,8 +364,10 @@ if __name__ == '__main__':
     check(set(names) <= set(figures), f'only takes any of {",".join(figures)}, but it is {only!r}')
     os.makedirs(out, exist_ok=True)
     if {'trajectory', 'digits', 'details'} & set(names):
+        restart_under_variant(ckpt)
         checkpoint = load_checkpoint(ckpt)
-        model, meta, solver = load_model(checkpoint, 'cpu'), checkpoint['data'], sampling_defaults(dict(ckpt=ckpt))
+        model, meta = load_model(checkpoint, 'cpu'), checkpoint['data']
+        solver = {key: checkpoint['config'][key] for key in SOLVER}
         vae = load_vae(meta, 'cpu')
     for name in names:
         figures[name]()

@@ -1,5 +1,4 @@
-"""
-What only a GPU can show, in nine minutes on one H100 or H200.
+"""What only a GPU can show, in nine minutes on one H100 or H200.
 
     python tests/gpu.py                                         # all parts, the most valuable first
     python tests/gpu.py --parts=speed-L,profile                 # some
@@ -33,10 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from bench import (Trainer, hardware, interleaved, matmul_ceiling, measured_peak, packed_flops,  # noqa: E402
                    peak_memory, synchronize, trajectory_average)
-from compare import write_json  # noqa: E402
-from configurator import check, configure, launch, precision  # noqa: E402
-from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times  # noqa: E402
-from model import states_and_velocities  # noqa: E402
+import model  # noqa: E402
+from compare import THREE, TWO, in_place, write_json  # noqa: E402
+from configurator import autocast_for, check, configure, launch  # noqa: E402
+from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages  # noqa: E402
 from sample import generate, load_checkpoint, load_model, noise_of  # noqa: E402
 
 DITS = {'B': dict(width=768, depth=12, heads=12), 'L': dict(width=1024, depth=24, heads=16),
@@ -77,26 +76,26 @@ def flags(**settings):
 # Is it right?
 
 
-def losses(where, compiled=False, checkpoint_blocks=False, dtype='float32', **changes):
+def losses(where, compiled=False, checkpoint_blocks=False, dtype='float32', **fields):
     """The losses of five steps of a small network, whose weights and draws come from the CPU."""
-    config = LapFlowConfig(size=16, channels=4, patch=2, width=64, depth=2, heads=4, n_classes=10, **changes)
+    config = model.LapFlowConfig(16, 4, 2, width=64, depth=2, heads=4, n_classes=10, **fields)
     generator = torch.Generator().manual_seed(0)
-    model = LapFlow(config)
-    for p in model.parameters():        # a trained network has no layers of zeros
+    net = model.LapFlow(config)
+    for p in net.parameters():          # a trained network has no layers of zeros
         p.data = 0.05 * torch.randn(p.shape, generator=generator)
-    model.to(where).checkpoint_blocks = checkpoint_blocks
+    net.to(where).checkpoint_blocks = checkpoint_blocks
     if compiled:
-        for block in model.blocks:
+        for block in net.blocks:
             block.compile(dynamic=False, backend=backend)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     found, B = [], 12
     stage, y = packed_stages(B, config.K), (torch.arange(B) % 11).to(where)
     for _ in range(5):
         x1, x0 = torch.randn(2, B, 4, 16, 16, generator=generator).to(where)
-        t = stage_times(stage, torch.rand(B, generator=generator), config).to(where)
-        x_t, u_t = states_and_velocities(x1, x0, t, stage, config)
-        with precision(where, dtype)[0]:
-            v_t = model(x_t, t, y)
+        t = model.stage_times(stage, torch.rand(B, generator=generator), config).to(where)
+        x_t, u_t = model.states_and_velocities(x1, x0, t, stage, config)
+        with autocast_for(where, dtype)[0]:
+            v_t = net(x_t, t, y)
         loss, _ = multiscale_loss(v_t, u_t, (1.0,) * config.K, B)
         loss.backward()
         optimizer.step()
@@ -107,10 +106,11 @@ def losses(where, compiled=False, checkpoint_blocks=False, dtype='float32', **ch
 
 def numbers():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for changes in (dict(T=()), dict(T=(0.5,)), dict(T=(0.67, 0.33)), dict(mask='none'), dict(mask='self'),
-                    dict(path='gvp', shared='qkv,ffn'), dict(image_tokens=True)):
-        found = difference(losses(device, **changes), losses('cpu', **changes))
-        check_that(f'five steps have the losses of the CPU, float32, {" ".join(flags(**changes))}', found, 1e-5)
+    for T, variant in (((), ''), (TWO, ''), (THREE, ''), (TWO, 'mask=none'), (TWO, 'mask=self'),
+                       (TWO, 'schedule=gvp,shared=qkv+ffn'), (TWO, 'image_tokens=True')):
+        with in_place(variant) as named:
+            found = difference(losses(device, T=T, **named), losses('cpu', T=T, **named))
+        check_that(f'{variant or "LapFlow"}, T={T}: five losses as on the CPU, float32', found, 1e-5)
     eager = losses(device)
     check_that('compiled: the losses of eager, float32', difference(losses(device, compiled=True), eager), 1e-5)
     found = difference(losses(device, checkpoint_blocks=True), eager)
@@ -240,7 +240,7 @@ def sampling():
 
     def timed(what, noise, dtype, tf32=True, **solver):
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        with precision(device, dtype)[0]:
+        with autocast_for(device, dtype)[0]:
             for _ in range(2):          # the first compiles
                 synchronize(device)
                 start = time.perf_counter()

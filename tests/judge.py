@@ -1,5 +1,4 @@
-"""
-Judges generated samples of a dataset: a small CNN, trained on its images and kept as data/judge-NAME.pt, reads them.
+"""Judges samples of a dataset: a small CNN reads them, trained once, kept as data/judge-NAME.pt.
 
     python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --num_samples=2000 --out=X.npz
     python tests/judge.py --samples=X.npz
@@ -9,19 +8,18 @@ distance, precision and recall (k = 3) between its 128 features of the samples a
 of 2,000 held-out images is what perfect samples would have.
 """
 import os
+import subprocess
 import sys
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from configurator import configure  # noqa: E402
+from configurator import configure, exit_on_error  # noqa: E402
 from data import Dataset  # noqa: E402
 from fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
-
-EPOCHS = {'digits': 3}      # of other datasets 6
+from model import LapFlowConfig  # noqa: E402
 
 
 class Judge(nn.Module):
@@ -40,14 +38,14 @@ class Judge(nn.Module):
 
 def train_judge(data, epochs):
     torch.manual_seed(0)
-    judge, generator = Judge(data.meta['channels'], data.meta['size'], len(data.meta['classes'])), torch.Generator()
-    generator.manual_seed(0)
+    judge = Judge(data.meta['channels'], data.meta['size'], len(data.meta['classes']))
+    generator = torch.Generator().manual_seed(0)
     steps = epochs * data.n_train // 100
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
         x, y = data.batch(torch.randint(data.n_train, (100,), generator=generator).numpy())
-        F.cross_entropy(judge(x), y).backward()
+        nn.functional.cross_entropy(judge(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -59,8 +57,7 @@ def load_judge(data, dataset):
     name = os.path.basename(os.path.normpath(dataset))
     cache = f'data/judge-{name}.pt'
     if not os.path.exists(cache):
-        judge = train_judge(data, EPOCHS.get(name, 6))
-        torch.save(judge.state_dict(), cache)
+        torch.save(train_judge(data, 3 if name == 'digits' else 6).state_dict(), cache)
     judge = Judge(data.meta['channels'], data.meta['size'], len(data.meta['classes']))
     judge.load_state_dict(torch.load(cache, weights_only=True))
     return judge.eval()
@@ -73,30 +70,31 @@ def read(judge, x):
     return judge.out(features).argmax(1), features
 
 
-def compared(a, b):
-    """Frechet distance of Gaussians fitted to two feature sets, (n, d) each, and precision and recall of the first."""
-    precision, recall = precision_recall(a, b)
-    distance = frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
-    return dict(frechet=distance, precision=precision, recall=recall)
-
-
 def judged(judge, data, x, y):
     """What is printed of images (B, C, H, W) in [-1, 1] and their labels."""
     predicted, features = read(judge, x)
-    reference = read(judge, data.batch(np.arange(len(x)))[0])[1]
-    return dict(accuracy=(predicted == y).double().mean().item(), **compared(features, reference))
+    _, reference = read(judge, data.batch(np.arange(len(x)))[0])
+    precision, recall = precision_recall(features, reference)
+    distance = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(reference))
+    return dict(accuracy=(predicted == y).double().mean().item(), frechet=distance,
+                precision=precision, recall=recall)
 
 
 def load_samples(file):
     """Images in [-1, 1] and labels of an .npz of sample.py's."""
-    with np.load(file) as arrays:
-        images, labels = torch.from_numpy(arrays['arr_0']), torch.from_numpy(arrays['arr_1'])
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1, labels
+    arrays = np.load(file)
+    images = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.from_numpy(arrays['arr_1'])
 
 
-def print_judged(name, judge, data, x, y):
-    numbers = [f'{key} {value:.4f}' for key, value in judged(judge, data, x, y).items()]
-    print(f'{name}: {len(x)} images, {", ".join(numbers)}')
+def restart_under_variant(ckpt):
+    """Runs a tool again, in place of this process, under the variant that a checkpoint records."""
+    with exit_on_error(f'{ckpt!r} is not a checkpoint'):
+        args = torch.load(ckpt, map_location='cpu', weights_only=True, mmap=True)['model_args']
+    if 'variant' in args and 'variant' not in LapFlowConfig.__dataclass_fields__:
+        here = os.path.dirname(os.path.abspath(__file__))
+        script = [f'{here}/variants.py', args['variant'], f'tests/{os.path.basename(sys.argv[0])}']
+        raise SystemExit(subprocess.call([sys.executable, *script, *sys.argv[1:]]))
 
 
 if __name__ == '__main__':
@@ -105,7 +103,9 @@ if __name__ == '__main__':
     configure(globals())
     data = Dataset(dataset)
     judge = load_judge(data, dataset)
+    files = {file: load_samples(file) for file in samples.split(',') if file}
     if data.meta['heldout'] > 0:
-        print_judged('held out', judge, data, *data.batch(data.eval_index[:2000]))
-    for file in filter(None, samples.split(',')):
-        print_judged(file, judge, data, *load_samples(file))
+        files = {'held out': data.batch(data.eval_index[:2000])} | files
+    for name, (x, y) in files.items():
+        numbers = [f'{key} {value:.4f}' for key, value in judged(judge, data, x, y).items()]
+        print(f'{name}: {len(x)} images, {", ".join(numbers)}')

@@ -1,5 +1,4 @@
-"""
-Quality against the number of evaluations, of a checkpoint of digits or another dataset of images.
+"""Quality against the number of evaluations, of a checkpoint of a dataset of images.
 
     python tests/solvers.py --ckpt out-digits/ckpt.pt
     python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --cfg=2 --interval=0.3,0.8
@@ -22,7 +21,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 from configurator import check, configure  # noqa: E402
 from data import Dataset  # noqa: E402
-from judge import judged, load_judge  # noqa: E402
+from judge import judged, load_judge, restart_under_variant  # noqa: E402
 from model import down, laplacian_pyramid, up  # noqa: E402
 from sample import METHODS, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
 
@@ -38,7 +37,7 @@ class Changed(torch.nn.Module):
     def forward(self, x_t, t, y):
         v = self.model(x_t, t, y)
         if self.cfg != 1 and self.interval[0] <= t[0] <= self.interval[1]:
-            null = self.model(x_t, t, torch.full_like(y, self.config.n_classes))
+            null = self.model(x_t, t)
             v = {k: null[k] + self.cfg * (v[k] - null[k]) for k in v}
         coarsest = self.config.K - 1
         if self.project:
@@ -60,14 +59,15 @@ if __name__ == '__main__':
     interval = (0.0, 1.0)
     project = False
     hold_coarsest = False
-    configure(globals(), at_least_1='num_samples batch_size')
+    configure(globals())
+    check(min(num_samples, batch_size) > 0, 'num_samples and batch_size must be at least 1')
     check(len(interval) == 2, f'interval is two times, not {interval}')
     for run in runs.split(','):
         method, _, number = run.partition(':')
         check(method in METHODS and number[-1:].isdigit(), f'runs are METHOD:STEPS or dopri5:TOLERANCE with commas '
               f'between them, METHOD one of {", ".join(METHODS)}, but there is {run!r}')
-    checkpoint = load_checkpoint(ckpt)
-    model = load_model(checkpoint, 'cpu')
+    restart_under_variant(ckpt)
+    model = load_model(load_checkpoint(ckpt), 'cpu')
     data, config = Dataset(dataset), model.config
     judge, labels = load_judge(data, dataset), torch.arange(num_samples) % config.n_classes
     heldout = [data.eval_index[data.labels[data.rows[data.eval_index]] == c] for c in range(config.n_classes)]

@@ -9,16 +9,22 @@ import torch.nn.functional as F
 
 import model as lapflow
 from bench import attention_cost, trajectory_average
-from model import (LapFlow, LapFlowConfig, alpha, laplacian_pyramid, multiscale_loss, packed_stages, reconstruct, sigma,
-                   stage_times, state_and_velocity, states_and_velocities, up)
+from conftest import config_in_place, variant_in_place
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, packed_stages, reconstruct, stage_times,
+                   state_and_velocity, states_and_velocities, up)
+from variants import check_variant
 
-PATHS = ('linear', 'gvp', 'quadratic', 'cubic')
+SCHEDULES = ('', 'schedule=gvp', 'schedule=quadratic', 'schedule=cubic')       # '' is the linear one
+MASKS = ('', 'mask=none', 'mask=self')      # '' is the causal one
 
 
-def small(double=True, network=LapFlow, config=LapFlowConfig, **changes):
-    """A small model whose every weight is random, zero-initialised ones too: otherwise most of it would be silent."""
+def small(double=True, **changes):
+    """
+    A small model, of the variant that is in place, whose every weight is random, zero-initialised ones too: otherwise
+    most of it would be silent.
+    """
     settings = dict(size=16, channels=3, patch=2, width=16, depth=2, heads=2, T=(0.6, 0.25), n_classes=5) | changes
-    model = network(config(**settings))
+    model = lapflow.LapFlow(config_in_place(**settings))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.double() if double else model
@@ -61,38 +67,41 @@ def test_pyramid_is_equation_1_pixel_by_pixel():
 # Paths and velocities
 
 
-@pytest.mark.parametrize('kind', PATHS)
+@pytest.mark.parametrize('variant', SCHEDULES)
 @pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
-def test_velocity_is_the_time_derivative_of_the_path(kind, start):
+def test_velocity_is_the_time_derivative_of_the_path(variant, start, use):
+    use(variant)
     x1, x0 = torch.randn(2, 7, 3, 4, 4, dtype=torch.float64)
     t = start + (1 - start) * torch.rand(7, dtype=torch.float64)
-    state = lambda t: state_and_velocity(x1, x0, t, start, kind)[0]
+    state = lambda t: state_and_velocity(x1, x0, t, start)[0]
     _, derivative = torch.func.jvp(state, (t,), (torch.ones_like(t),))
-    torch.testing.assert_close(state_and_velocity(x1, x0, t, start, kind)[1], derivative, atol=1e-12, rtol=0)
+    torch.testing.assert_close(state_and_velocity(x1, x0, t, start)[1], derivative, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize('kind', PATHS)
+@pytest.mark.parametrize('variant', SCHEDULES)
 @pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
-def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(kind, start):
+def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(variant, start, use):
+    use(variant)
     x1, x0 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
-    noise = {'linear': 1 - start, 'gvp': math.cos(math.pi * start / 2), 'quadratic': (1 - start) ** 2,
-             'cubic': (1 - start) ** 3}
-    at = lambda t: state_and_velocity(x1, x0, torch.tensor([t], dtype=torch.float64), start, kind)[0]
-    torch.testing.assert_close(at(start), noise[kind] * x0, atol=1e-15, rtol=0)
+    noise = {'': 1 - start, 'schedule=gvp': math.cos(math.pi * start / 2), 'schedule=quadratic': (1 - start) ** 2,
+             'schedule=cubic': (1 - start) ** 3}
+    at = lambda t: state_and_velocity(x1, x0, torch.tensor([t], dtype=torch.float64), start)[0]
+    torch.testing.assert_close(at(start), noise[variant] * x0, atol=1e-15, rtol=0)
     torch.testing.assert_close(at(1.0), x1, atol=1e-15, rtol=0)
 
 
 def test_paths_are_the_papers_formulas():
     t, start = torch.linspace(0.25, 1, 9, dtype=torch.float64), 0.25
     ramp = (t - 0.25) / 0.75
-    for kind, data, noise in (('linear', ramp, 1 - t), ('quadratic', ramp, (1 - t) ** 2),
-                              ('cubic', ramp, (1 - t) ** 3),
-                              ('gvp', torch.sin(math.pi * (t - 0.25) / (2 * 0.75)), torch.cos(math.pi / 2 * t))):
-        for function, expected in ((lambda t: alpha(t, start, kind), data), (lambda t: sigma(t, kind), noise)):
-            value, derivative = function(t)
-            torch.testing.assert_close(value, expected, atol=1e-15, rtol=0)
-            exact = torch.func.jvp(lambda t: function(t)[0], (t,), (torch.ones_like(t),))[1]
-            torch.testing.assert_close(derivative + 0 * t, exact, atol=1e-12, rtol=0)      # it may be one number
+    for variant, data, noise in (
+            ('', ramp, 1 - t), ('schedule=quadratic', ramp, (1 - t) ** 2), ('schedule=cubic', ramp, (1 - t) ** 3),
+            ('schedule=gvp', torch.sin(math.pi * (t - 0.25) / (2 * 0.75)), torch.cos(math.pi / 2 * t))):
+        with variant_in_place(variant):
+            for function, expected in ((lambda t: lapflow.alpha(t, start), data), (lapflow.sigma, noise)):
+                value, derivative = function(t)
+                torch.testing.assert_close(value, expected, atol=1e-15, rtol=0)
+                exact = torch.func.jvp(lambda t: function(t)[0], (t,), (torch.ones_like(t),))[1]
+                torch.testing.assert_close(derivative + 0 * t, exact, atol=1e-12, rtol=0)      # it may be one number
 
 
 def test_stage_times_are_uniform_from_the_stages_start():
@@ -118,7 +127,7 @@ def test_one_scale_is_plain_flow_matching():
 # The network
 
 
-def dense_forward(model, x_t, t, y):
+def dense_forward(model, x_t, t, y, mask=''):
     """
     LapFlow.forward for one image, {k: (C, H/2^k, W/2^k)}, with one sequence of all tokens, a dense additive mask M_c
     and Eq. (9) as it is printed.
@@ -137,8 +146,8 @@ def dense_forward(model, x_t, t, y):
     c = F.silu(sum(context))[0]
     each = lambda experts, x: torch.stack([experts[k](row) for k, row in zip(scale.tolist(), x)])
     q_scale, k_scale = scale[:, None], scale[None, :]
-    hidden = {'causal': k_scale < q_scale, 'none': torch.zeros(1, 1, dtype=torch.bool),
-              'self': k_scale != q_scale}[config.mask]
+    hidden = {'': k_scale < q_scale, 'mask=none': torch.zeros(1, 1, dtype=torch.bool),
+              'mask=self': k_scale != q_scale}[mask]
     M = torch.zeros(len(z), len(z), dtype=z.dtype).masked_fill(hidden, -torch.inf)
     norm = lambda x: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6)
     for block in model.blocks:
@@ -164,22 +173,24 @@ def dense_forward(model, x_t, t, y):
 
 @pytest.mark.parametrize('counts', ({0: 2, 1: 2, 2: 2}, {0: 1, 1: 2, 2: 4}, {0: 2, 1: 2, 2: 3}, {1: 1, 2: 3}, {2: 2},
                                     {0: 2}, {1: 2}))
-@pytest.mark.parametrize('mask', ('causal', 'none', 'self'))
-def test_split_attention_equals_softmax_over_a_dense_mask(mask, counts):
-    model = small(mask=mask)
+@pytest.mark.parametrize('mask', MASKS)
+def test_split_attention_equals_softmax_over_a_dense_mask(mask, counts, use):
+    use(mask)
+    model = small()
     x_t, t, y = random_batch(model.config, counts)
     with torch.no_grad():
         actual = model(x_t, t, y)
         assert {k: len(v) for k, v in actual.items()} == counts and list(actual) == list(counts)
         for i in range(len(t)):
             alone = {k: x[i] for k, x in x_t.items() if i < len(x)}
-            for k, expected in dense_forward(model, alone, t[i], y[i]).items():
+            for k, expected in dense_forward(model, alone, t[i], y[i], mask).items():
                 torch.testing.assert_close(actual[k][i], expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize('shared', ('', 'mod', 'qkv,proj', 'qkv,proj,ffn,mod'))
-def test_unconditional_shared_network_equals_the_dense_one(shared):
-    model = small(shared=shared, n_classes=0)
+@pytest.mark.parametrize('shared', ('', 'shared=mod', 'shared=qkv+proj', 'shared=qkv+proj+ffn+mod'))
+def test_unconditional_shared_network_equals_the_dense_one(shared, use):
+    use(shared)
+    model = small(n_classes=0)
     x_t, t, _ = random_batch(model.config, {0: 1, 1: 1, 2: 1})
     with torch.no_grad():
         actual = {k: v[0] for k, v in model(x_t, t).items()}
@@ -187,9 +198,10 @@ def test_unconditional_shared_network_equals_the_dense_one(shared):
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize('image_tokens', (False, True))
-def test_coarse_outputs_ignore_finer_inputs_bit_for_bit(image_tokens):
-    model = small(double=False, image_tokens=image_tokens)
+@pytest.mark.parametrize('variant', ('', 'image_tokens=True'))
+def test_coarse_outputs_ignore_finer_inputs_bit_for_bit(variant, use):
+    use(variant)
+    model = small(double=False)
     x_t, t, y = random_batch(model.config, {0: 4, 1: 4, 2: 4}, torch.float32)
     with torch.no_grad():
         full = model(x_t, t, y)
@@ -199,10 +211,11 @@ def test_coarse_outputs_ignore_finer_inputs_bit_for_bit(image_tokens):
         assert not torch.equal(full[0], model(x_t | {2: torch.randn_like(x_t[2])}, t, y)[0])
 
 
-def test_image_tokens_show_every_scale_the_image_as_far_as_it_is_known():
+def test_image_tokens_show_every_scale_the_image_as_far_as_it_is_known(use):
     """A model with them does with the states what one without does with the images that the states add up to."""
     plain = small()
-    model = small(image_tokens=True)
+    use('image_tokens=True')
+    model = small()
     model.load_state_dict(plain.state_dict())
     x_t, t, y = random_batch(plain.config, {0: 2, 1: 4, 2: 5})
     fine, middle, coarse = x_t.values()
@@ -215,7 +228,7 @@ def test_image_tokens_show_every_scale_the_image_as_far_as_it_is_known():
 
 
 def test_every_scale_sees_time_and_label():
-    model = small(mask='causal')
+    model = small()
     x_t, t, y = random_batch(model.config, {0: 1, 1: 1, 2: 1})
     y = torch.zeros_like(y)
     v = model(x_t, t, y)
@@ -276,16 +289,17 @@ def test_positions_of_a_coarse_token_are_the_centre_of_the_tokens_it_covers():
 # Packing, cost, errors
 
 
-@pytest.mark.parametrize('mask', ('causal', 'none', 'self'))
+@pytest.mark.parametrize('mask', MASKS)
 @pytest.mark.parametrize('weights', ((1.0, 1.0, 1.0), (0.5, 2.0, 3.0), 'of each image'))
 @pytest.mark.parametrize('stages', ((0, 0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 2, 2, 2), (1, 1, 1, 1, 2, 2, 2),
                                     (2, 2, 2, 2, 2, 2, 2)))
-def test_packed_stages_equal_algorithm_1_image_by_image(stages, weights, mask):
+def test_packed_stages_equal_algorithm_1_image_by_image(stages, weights, mask, use):
     """
     Algorithm 1 as it is printed, one image and one stage at a time: same loss, same gradients. Its stages are drawn at
     random, so that any of them may be empty; the weights of Eq. (7) may be each image's own.
     """
-    model = small(mask=mask)
+    use(mask)
+    model = small()
     config, B = model.config, 7
     x1, x0 = torch.randn(2, B, 3, 16, 16, dtype=torch.float64)
     stage, y = torch.tensor(stages), torch.randint(6, (B,))
@@ -356,25 +370,36 @@ def test_attention_costs_appendix_C_for_any_T():
 
 
 @pytest.mark.parametrize('T, shared, millions', (
-    ((), '', 457), ((0.5,), '', 912), ((0.5,), 'ffn,mod', 560), ((0.5,), 'qkv,proj,ffn,mod', 459),
-    ((0.5,), 'ffn,mod,proj', 535), ((0.67, 0.33), 'ffn,mod,proj', 612),
-    ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'qkv,proj,ffn,mod', 461)))
-def test_parameters_of_L2(T, shared, millions):
+    ((), '', 457), ((0.5,), '', 912), ((0.5,), 'shared=ffn+mod', 560), ((0.5,), 'shared=qkv+proj+ffn+mod', 459),
+    ((0.5,), 'shared=ffn+mod+proj', 535), ((0.67, 0.33), 'shared=ffn+mod+proj', 612),
+    ((0.67, 0.33), '', 1368), ((0.67, 0.33), 'shared=qkv+proj+ffn+mod', 461)))
+def test_parameters_of_L2(T, shared, millions, use):
     """Closed form: D = 1024; per block and expert 6 D^2 mod, 3 D^2 qkv, D^2 proj, 8 D^2 ffn and their biases."""
     D, K = 1024, len(T) + 1
     parts = {'mod': 6 * D * D + 6 * D, 'qkv': 3 * D * D + 3 * D, 'proj': D * D + D, 'ffn': 8 * D * D + 5 * D}
     block = sum(size * (1 if part in shared else K) for part, size in parts.items())
     per_scale = (16 * D + D) + (2 * D * D + 2 * D) + (16 * D + 16)
+    use(shared)
     with torch.device('meta'):
-        count = sum(p.numel() for p in LapFlow(LapFlowConfig(T=T, shared=shared)).parameters())
+        count = sum(p.numel() for p in LapFlow(config_in_place(T=T)).parameters())
     assert count == 24 * block + K * per_scale + (256 * D + D) + (D * D + D) and round(count / 1e6) == millions
 
 
 @pytest.mark.parametrize('changes, word', (
     (dict(T=(0.3, 0.6)), 'decrease'), (dict(T=(0.5, 0.5)), 'decrease'), (dict(T=(1.0,)), 'decrease'),
     (dict(T=(0.0,)), 'decrease'), (dict(T=(math.nan,)), 'decrease'), (dict(size=36), 'divide'),
-    (dict(width=18), 'width'), (dict(heads=3), 'heads'),
-    (dict(mask='dense'), 'mask'), (dict(path='cosine'), 'path'), (dict(shared='mlp'), 'shared')))
+    (dict(width=18), 'width'), (dict(heads=3), 'heads')))
 def test_impossible_settings_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         LapFlowConfig(**dict(size=32, patch=2, width=32, heads=4, depth=2, T=(0.5, 0.25)) | changes)
+
+
+@pytest.mark.parametrize('variant, words', (
+    ('mask=dense', ('mask', "'dense'", 'self', 'none')), ('schedule=cosine', ('schedule', "'cosine'", 'gvp', 'cubic')),
+    ('shared=mlp', ('shared', "'mlp'", 'qkv')), ('shared=ffn+', ('shared', "''")),
+    ('image_tokens=False', ('image_tokens', "'False'")), ('mask', ('mask', 'none')), ('path=gvp', ('path', 'schedule')),
+    ('', ('KEY=VALUE', 'mask')), ('mask=none,', ('KEY=VALUE', 'mask'))))
+def test_impossible_variants_are_refused_by_name(variant, words):
+    with pytest.raises(SystemExit) as end:
+        check_variant(variant)
+    assert all(word in str(end.value) for word in words) and '\n' not in str(end.value)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model import alpha, laplacian_pyramid, sigma, state_and_velocity
+import model as lapflow
+from model import laplacian_pyramid, state_and_velocity
 from sample import METHODS, generate, noise_of, save_grid, to_uint8
-from test_model import PATHS, small
+from test_model import SCHEDULES, small
 
 TIMES = {1: (), 2: (0.5,), 3: (0.67, 0.33), 4: (0.75, 0.5, 0.25)}
 
@@ -20,9 +21,9 @@ class Oracle:
     (states, t, y).
     """
 
-    def __init__(self, velocity, T, kind='linear', n_classes=0):
+    def __init__(self, velocity, T, n_classes=0):
         self.velocity, self.calls = velocity, []
-        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, path=kind, n_classes=n_classes)
+        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, n_classes=n_classes)
 
     def __call__(self, x_t, t, y=None):
         self.calls.append(({k: x.clone() for k, x in x_t.items()}, t, y))
@@ -40,10 +41,10 @@ class Oracle:
         return segments
 
 
-def knows_the_data(x1, x0, T, kind='linear'):
+def knows_the_data(x1, x0, T):
     """An oracle with the velocity of Eq. (5) towards a known x1."""
     data, noise = laplacian_pyramid(x1, len(T) + 1), laplacian_pyramid(x0, len(T) + 1)
-    oracle = Oracle(lambda k, x, t: state_and_velocity(data[k], noise[k], t, oracle.start(k), kind)[1], T, kind)
+    oracle = Oracle(lambda k, x, t: state_and_velocity(data[k], noise[k], t, oracle.start(k))[1], T)
     return oracle, data, noise
 
 
@@ -56,21 +57,23 @@ def test_the_true_velocity_leads_to_the_data_point(K):
     assert nfe == 8 == len(oracle.calls)
 
 
-@pytest.mark.parametrize('kind', PATHS)
-def test_the_true_velocity_of_every_path_leads_to_the_data_point(kind):
+@pytest.mark.parametrize('variant', SCHEDULES)
+def test_the_true_velocity_of_every_path_leads_to_the_data_point(variant, use):
+    use(variant)
     x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    x, _ = generate(knows_the_data(x1, x0, (0.67, 0.33), kind)[0], x0, method='dopri5', tol=1e-6)
+    x, _ = generate(knows_the_data(x1, x0, (0.67, 0.33))[0], x0, method='dopri5', tol=1e-6)
     torch.testing.assert_close(x, x1, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('kind', PATHS)
-def test_the_state_at_every_handover_is_the_training_state(kind):
+@pytest.mark.parametrize('variant', SCHEDULES)
+def test_the_state_at_every_handover_is_the_training_state(variant, use):
     """
     Where a segment starts, every active scale's state is Eq. (3) at T_k: the new one's, and those of the coarser ones,
     which have just ended the segment before.
     """
+    use(variant)
     x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    oracle, data, noise = knows_the_data(x1, x0, (0.67, 0.33), kind)
+    oracle, data, noise = knows_the_data(x1, x0, (0.67, 0.33))
     x, _ = generate(oracle, x0, method='rk4', steps=60)
     joins = [segment[0] for segment in oracle.segments()]
     assert [[round(t_i, 2) for t_i in t.tolist()] for _, t, _ in joins] == [[0.0] * 3, [0.33] * 3, [0.67] * 3]
@@ -78,30 +81,31 @@ def test_the_state_at_every_handover_is_the_training_state(kind):
     joins.append((dict(enumerate(laplacian_pyramid(x, 3))), torch.ones(3), None))
     for state, t, _ in joins:
         for k in state:
-            expected, _ = state_and_velocity(data[k], noise[k], t.double(), oracle.start(k), kind)
+            expected, _ = state_and_velocity(data[k], noise[k], t.double(), oracle.start(k))
             torch.testing.assert_close(state[k], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('kind', PATHS)
+@pytest.mark.parametrize('variant', SCHEDULES)
 @pytest.mark.parametrize('method', ('dopri5', 'rk4'))
-def test_handovers_have_the_marginal_of_gaussian_data(method, kind):
+def test_handovers_have_the_marginal_of_gaussian_data(method, variant, use):
     """
     Data N(0, s^2 I) at every scale. The marginal at t is N(0, v), v(t) = alpha^2 s^2 + sigma^2 n with n the variance of
     the scale's noise, the flow's velocity is x v'(t) / 2v(t), and its solution x(t) = x(start) sqrt(v(t) / v(start)):
     in closed form. So is the state at the start of every segment, of every step if they are fixed, and at the end.
     """
+    use(variant)
     T, x0 = (0.67, 0.33), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     s2, noise = (0.3, 0.5, 2.0), laplacian_pyramid(x0, 3)
     noise_variance = (3 / 4, 3 / 16, 1 / 16)        # of x - Up(Down(x)), of the same at half size, of Down(Down(x))
 
     def variance(k, t):
-        return alpha(t, (*T, 0.0)[k], kind)[0] ** 2 * s2[k] + sigma(t, kind)[0] ** 2 * noise_variance[k]
+        return lapflow.alpha(t, (*T, 0.0)[k])[0] ** 2 * s2[k] + lapflow.sigma(t)[0] ** 2 * noise_variance[k]
 
     def marginal_velocity(k, x, t):
         t = t[0].double()
         v, dv = torch.func.jvp(lambda t: variance(k, t), (t,), (torch.ones_like(t),))
         return x * dv / (2 * v)
-    oracle, steps = Oracle(marginal_velocity, T, kind), 200 if kind == 'cubic' else 60
+    oracle, steps = Oracle(marginal_velocity, T), 200 if variant == 'schedule=cubic' else 60
     x, _ = generate(oracle, x0, method=method, steps=steps, tol=1e-7)
     every = 4 if method == 'rk4' else 10 ** 9       # its calls in a step, the first at the step's start
     known = [call for segment in oracle.segments() for call in segment[::every]]
@@ -110,7 +114,7 @@ def test_handovers_have_the_marginal_of_gaussian_data(method, kind):
     for state, t, _ in known:
         for k in state:
             start, t_ = torch.tensor(oracle.start(k), dtype=torch.float64), t[0].double()
-            expected = sigma(start, kind)[0] * noise[k] * torch.sqrt(variance(k, t_) / variance(k, start))
+            expected = lapflow.sigma(start)[0] * noise[k] * torch.sqrt(variance(k, t_) / variance(k, start))
             torch.testing.assert_close(state[k], expected, atol=2e-4, rtol=0)
 
 
@@ -155,9 +159,10 @@ def test_solvers_solve_the_same_ode():
         torch.testing.assert_close(x, exact, atol=0.03 if method == 'euler' else 1e-3, rtol=0)     # euler: first order
 
 
-def test_guidance_acts_on_every_channel_in_one_batched_call():
+def test_guidance_acts_on_every_channel_and_counts_a_pair_of_calls_once():
     def v(k, x, t):
-        y = oracle.calls[-1][2].double().view(-1, 1, 1, 1)
+        labels = oracle.calls[-1][2]
+        y = (torch.tensor([5, 5]) if labels is None else labels).double().view(-1, 1, 1, 1)
         return (10 * y + torch.arange(4.0).view(1, 4, 1, 1) * (y == 5)).expand_as(x)
     oracle = Oracle(v, (), n_classes=5)
     x0, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
@@ -166,7 +171,8 @@ def test_guidance_acts_on_every_channel_in_one_batched_call():
     for i, label in enumerate((1, 3)):
         expected = x0[i] + (null + 3 * (10 * label - null)).view(4, 1, 1)
         torch.testing.assert_close(x[i], expected, atol=1e-5, rtol=0)
-    assert nfe == 2 == len(oracle.calls) and oracle.calls[0][2].tolist() == [1, 3, 5, 5]
+    assert nfe == 2 and [labels is None for _, _, labels in oracle.calls] == [False, True] * 2
+    assert oracle.calls[0][2].tolist() == [1, 3]
 
 
 def test_cfg_1_is_the_conditional_model_and_cfg_0_the_unconditional_one():
