@@ -1,7 +1,7 @@
 """How a script starts: its settings, its device, its processes.
 
-Settings are the plain variables at the top of a script. Config files and the command line override
-them, from left to right:
+Settings are the plain variables at the top of a script. Config files override them, from left to
+right, and options override config files, wherever they stand:
 
     python train.py config/digits.py --batch_size=32 --T=0.67,0.33
 
@@ -76,23 +76,26 @@ def convert(value, default):
 
 def configure(namespace):
     """Overrides the settings in `namespace`, a script's globals(), and returns them as a dict."""
+    if hasattr(sys.stdout, 'reconfigure'):      # lines show at once, odd letters as \u..
+        sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     settings = {key: value for key, value in namespace.items()
                 if (key == 'T' or key.islower()) and key[0] != '_'
                 and isinstance(value, (int, float, str, tuple))}
     argv = [arg for arg in sys.argv[1:] if arg != '--help']
+    files, options = [], []
     while argv:
         arg = argv.pop(0)
         if arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
             check(equals or argv, f'{arg} needs a value: {arg}=VALUE')
-            assigned = {key: value if equals else argv.pop(0)}
+            options.append((arg, key, value if equals else argv.pop(0)))
         else:
-            assigned = read_config(arg)
-        for key, value in assigned.items():
-            near = difflib.get_close_matches(key, settings, n=1)
-            check(key in settings, f'{arg}: there is no setting {key!r}; near it: {near or "none"}')
-            with exit_on_error(f'{arg}: {key} must be like {settings[key]!r}, not {value!r}'):
-                settings[key] = convert(value, settings[key])
+            files += [(arg, *setting) for setting in read_config(arg).items()]
+    for source, key, value in files + options:
+        check(key in settings, f'{source}: there is no setting {key!r}; near it: '
+              f'{difflib.get_close_matches(key, settings, n=1)}')
+        with exit_on_error(f'{source}: {key} must be like {settings[key]!r}, not {value!r}'):
+            settings[key] = convert(value, settings[key])
     if '--help' in sys.argv:
         for key, value in settings.items():
             print(f'--{key}={value!r}')
@@ -121,7 +124,7 @@ def launch(device):
         dist.init_process_group(backend, timeout=timedelta(hours=1))    # for slow evaluations
         rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
-        sys.stdout = open(os.devnull, 'w')      # process 0 speaks for all
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # process 0 speaks for all
     return device, rank, world
 
 
@@ -129,6 +132,14 @@ def barrier():
     """Waits for the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_alike(value, sentence):
+    """Ends all processes with one sentence, unless they have the same value."""
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        check(values.count(value) == len(values), f'processes differ: {sentence}')
 
 
 def all_sum(tensor):
@@ -145,5 +156,5 @@ def autocast_for(device, dtype):
             or kind == 'cpu' and torch.cpu._is_avx512_bf16_supported())
     if dtype == 'auto':
         dtype = 'bfloat16' if fast else 'float32'
-    check(dtype in ('float32', 'bfloat16'), f'dtype is auto, float32 or bfloat16, not {dtype!r}')
+    check(dtype in ('float32', 'bfloat16'), f'dtype must be auto, float32 or bfloat16: {dtype}')
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == 'bfloat16'), dtype

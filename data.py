@@ -8,20 +8,23 @@ A dataset is a folder of three files. Any program may write one, meta.json last:
     images.npy    (N, size, size, channels) uint8: pixels; or, if meta.json names a VAE,
     latents.npy   (N, flips, 2 * channels, size, size) float16: mean and standard deviation of the
                   VAE's posterior, unscaled, of each image and, if flips is 2, of its mirror image
-    labels.npy    (N,) int64: the class of each image, -1 if it cannot be read
+    labels.npy    (N,) integers: the class of each image, -1 if it cannot be read
     meta.json     {"size": 32, "channels": 4, "image_size": 256, "classes": ["cat", "dog"],
                    "heldout": 1000, "flips": 2, "vae": "zelaki/eq-vae", "scaling_factor": 0.18215}
 
 "classes" may be []. Without a VAE "vae" is "", and image_size and scaling_factor may be absent.
-The last `heldout` images are not trained on. If flips is 2, training mirrors half of the images.
+data.py adds vae_digest, by which other VAEs are refused. The last `heldout` images are not trained
+on. If flips is 2, training mirrors half of the images.
 """
+import hashlib
 import json
 import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from os.path import abspath, commonpath, dirname, exists, getsize, islink, join, realpath, splitext
+from os.path import (abspath, commonpath, dirname, exists, getsize, islink, join, realpath,
+                     splitext)
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from configurator import barrier, check, configure, exit_on_error, launch
+from configurator import barrier, check, check_alike, configure, exit_on_error, launch
 
 PIXELS_PER_CALL = 32 * 256 * 256    # of the VAE's decoder, to bound its memory
 
@@ -76,7 +79,7 @@ def list_pictures(source):
 
     formats = Image.registered_extensions()
     files, others, seen, tops = [], 0, set(), [abspath(source)]
-    for top in tops:        # which grows by links, so that they come after all real folders
+    for top in tops:        # grows by links, so that real folders come first
         for folder, folders, names in os.walk(top, onerror=refuse):
             if realpath(folder) in seen:
                 folders.clear()
@@ -137,17 +140,27 @@ def read_picture(file, size=0):
     return center_crop(image, size) if size else np.asarray(image)
 
 
+def digest(vae):
+    """Twelve characters that tell a VAE's weights from others, wherever its files lie."""
+    weights = torch.nn.utils.parameters_to_vector(vae.parameters())
+    return hashlib.sha256(weights.detach().cpu().numpy()).hexdigest()[:12]
+
+
 def load_vae(meta, device):
-    """The VAE that a dataset's meta names, or None."""
-    if not meta['vae']:
+    """The VAE that a dataset's meta names, or None. Its weights must be those of vae_digest."""
+    name = meta['vae']
+    if not name:
         return None
     from diffusers import AutoencoderKL
-    with exit_on_error(f'{meta["vae"]!r} is no folder or Hugging Face id of an AutoencoderKL'):
+    with exit_on_error(f'{name!r} is no folder or Hugging Face id of an AutoencoderKL'):
         # (without low_cpu_mem_usage it complains that accelerate is not installed)
-        vae = AutoencoderKL.from_pretrained(meta['vae'], low_cpu_mem_usage=False)
-    scale = vae.config.scaling_factor
-    check(meta.get('scaling_factor', scale) == scale, f'{meta["vae"]} has scaling_factor {scale}, '
-          f'but the latents {meta.get("scaling_factor")}: they were made by another VAE')
+        vae, info = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False,
+                                                  output_loading_info=True)
+    check(not info['missing_keys'], f'{name!r} lacks weights of an AutoencoderKL: '
+          f'{sorted(info["missing_keys"])[:2]} ...')
+    for key, value in (('vae_digest', digest(vae)), ('scaling_factor', vae.config.scaling_factor)):
+        check(meta.get(key, value) == value, f'{name!r} is not the VAE that made the latents: '
+              f'its {key} is {value}, not {meta.get(key)}')
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -209,22 +222,35 @@ class Dataset:
         if folder == 'data/digits' and not exists(folder):
             print('drawing the digits dataset ...')
             make_digits(folder)
-        with exit_on_error(f'{folder} is not a dataset, or not a complete one'):
+        with exit_on_error(f'{folder} is not a dataset, or not a complete one: data.py makes them, '
+                           'as the head of your config file says'):
             meta = json.loads(Path(f'{folder}/meta.json').read_text())
             size, channels, heldout = meta['size'], meta['channels'], meta['heldout']
-            file, row = 'images.npy', (size, size, channels)
-            if meta['vae']:
-                file, row = 'latents.npy', (meta['flips'], 2 * channels, size, size)
-            self.array = np.load(f'{folder}/{file}', mmap_mode='r')
-            self.labels = np.load(f'{folder}/labels.npy')
-            n_classes = max(1, len(meta['classes']))
-        self.meta = meta
-        self.rows = np.flatnonzero(self.labels >= 0)
-        self.n_train = len(self.rows) - heldout
-        whole = self.array.shape == (len(self.labels), *row) and self.labels.max() < n_classes
-        check(whole and self.n_train > 0, f'{folder} is not what its meta.json says')
-        self.eval_name = 'heldout' if heldout else 'training'
-        self.eval_index = np.arange(self.n_train if heldout else 0, len(self.rows))
+            classes, flips, vae = meta['classes'], meta['flips'], meta['vae']
+            file, row, kind = 'images.npy', (size, size, channels), np.uint8
+            if vae:
+                file, row, kind = 'latents.npy', (flips, 2 * channels, size, size), np.floating
+            array = np.load(f'{folder}/{file}', mmap_mode='r')
+            labels = np.load(f'{folder}/labels.npy')
+            N, rows = len(array), np.flatnonzero(labels >= 0)
+            for holds, rule in (
+                    (np.issubdtype(array.dtype, kind), f'{file} holds {array.dtype}'),
+                    (array.shape == (N, *row), f'{file} is {array.shape}, not N times {row}'),
+                    (labels.dtype.kind in 'iu' and labels.shape == (N,),
+                     f'labels.npy is {labels.shape} of {labels.dtype}, not {N} integers'),
+                    (type(classes) is list, f'classes are no list, but {classes!r}'),
+                    (labels.max(initial=0) < max(1, len(classes)), 'labels exceed the classes'),
+                    (0 <= heldout < len(rows), f'heldout is {heldout} of {len(rows)}'),
+                    (flips in (1, 2), f'flips is {flips}, not 1 or 2'),
+                    (vae or channels in (1, 3), f'channels is {channels}, not 1 or 3'),
+                    (not vae or {'image_size', 'scaling_factor'} <= set(meta),
+                     'there is a VAE, but no image_size or no scaling_factor')):
+                check(holds, f'{folder} is not what its meta.json says: {rule}')
+        self.meta, self.array, self.labels, self.rows = meta, array, labels.astype(int), rows
+        self.n_train = len(rows) - heldout
+        self.eval_name, self.eval_index = 'heldout', np.arange(self.n_train, len(rows))
+        if heldout == 0:        # in another order than the files', whose first are of one class
+            self.eval_name, self.eval_index = 'training', permutation(self.n_train, 0, 0)
 
     def batch(self, index, device='cpu', flip=False, eps=None):
         """What the model sees of images, (B, C, H, W) float32, and their labels, (B,) int64.
@@ -269,12 +295,13 @@ if __name__ == '__main__':
     device = 'auto'
     configure(globals())
     check(min(size, batch_size) > 0, 'size and batch_size must be at least 1')
-    check(source and out, 'give pictures and a dataset: --source=FOLDER --out=data/NAME')
+    check(source and out, 'give pictures and a dataset: --source=FOLDER --out=NAME')
     out = os.path.normpath(out)
     check(not os.path.lexists(out), f'{out} exists: delete it, or give another --out')
     device, rank, world = launch(device)
     files, labels, classes = list_pictures(source)
     N, flips = len(files), 1 + flip
+    check_alike(N, 'they must see the same pictures')
     check(heldout < N, f'heldout must be less than the {N} pictures, not {heldout}')
     # By name, the held-out images would be of one class
     order = np.random.default_rng(0).permutation(N) if heldout else np.arange(N)
@@ -291,9 +318,9 @@ if __name__ == '__main__':
     if vae:
         file = f'{parts}/latents.npy'
         meta |= dict(size=row.shape[2], channels=row.shape[1] // 2,
-                     scaling_factor=encoder.config.scaling_factor)
+                     scaling_factor=encoder.config.scaling_factor, vae_digest=digest(encoder))
     if rank == 0:
-        with exit_on_error(f'cannot write {N} images to {out}'):        # shows before the work
+        with exit_on_error(f'cannot write {N} images to {out}'):    # before the work
             if exists(parts):       # of a run that was interrupted
                 ours = {'images.npy', 'latents.npy', 'labels.npy', 'meta.json'}
                 check(set(os.listdir(parts)) <= ours, f'{parts} holds other files: move it')
@@ -305,15 +332,19 @@ if __name__ == '__main__':
     array = np.load(file, mmap_mode='r+')
     labels = np.load(f'{parts}/labels.npy', mmap_mode='r+')
 
+    def leave_out(i, reason):
+        """The label of picture i becomes -1. More than 1% of such end the script."""
+        tqdm.write(f'left out: {reason}', file=sys.stderr)
+        labels[i] = -1
+        wrong = (labels < 0).sum()
+        check(wrong <= N // 100, f'{wrong} of {N} pictures cannot be read, more than 1%')
+
     def read(i):
-        """Picture i; if it cannot be read, a black one, and its label becomes -1."""
+        """Picture i, or a black one if it cannot be read."""
         try:
             return read_picture(files[order[i]], size)
         except OSError as error:
-            tqdm.write(f'left out: {error}', file=sys.stderr)
-            labels[i] = -1
-            wrong = (labels < 0).sum()
-            check(wrong <= N // 100, f'{wrong} of {N} pictures cannot be read, more than 1%')
+            leave_out(i, error)
             return black
 
     with ThreadPoolExecutor() as pool:
@@ -321,6 +352,9 @@ if __name__ == '__main__':
             rows = range(first, min(first + batch_size, N))
             images = np.stack(list(pool.map(read, rows)))
             array[rows] = encode(encoder, images, flips)
+            for i in rows:
+                if not np.isfinite(array[i]).all():
+                    leave_out(i, f'{files[order[i]]!r}: its latents are not finite')
     array.flush()
     labels.flush()
     barrier()

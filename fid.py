@@ -14,6 +14,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from os.path import realpath
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 STEM = '1a_3x3!! 2a_3x3! 2b_3x3 max!! 3b_1x1 4a_3x3! max!!'
 A = ['1x1', '5x5_1 5x5_2', '3x3dbl_1 3x3dbl_2 3x3dbl_3', 'average _pool']
 B = ['3x3!!', '3x3dbl_1 3x3dbl_2 3x3dbl_3!!', 'max!!']
-C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5', 'average _pool']
+C = ['1x1', '7x7_1 7x7_2 7x7_3', '7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5',
+     'average _pool']
 D = ['3x3_1 3x3_2!!', '7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4!!', 'max!!']
 E = ['1x1', '3x3_1 3x3_2a', '3x3_1 3x3_2b', '3x3dbl_1 3x3dbl_2 3x3dbl_3a',
      '3x3dbl_1 3x3dbl_2 3x3dbl_3b', 'average _pool']
@@ -81,9 +83,7 @@ def load_inception(file, device):
         if not file:
             return torch.hub.load_state_dict_from_url(URL, map_location=device, check_hash=True,
                                                       weights_only=True)
-        weights = torch.load(file, map_location=device, weights_only=True)
-    check('Conv2d_1a_3x3.conv.weight' in weights, f'{file!r} is not the file at {URL}')
-    return weights
+        return torch.load(file, map_location=device, weights_only=True)
 
 
 def mean_and_covariance(features):
@@ -125,9 +125,10 @@ def precision_recall(samples, reference, k=3):
 
 
 def open_images(path, size):
-    """(read, items) of a dataset of pixels, an .npz (arr_0) or a folder: read(item) is an image.
+    """read, items and size of a dataset of pixels, an .npz (arr_0) or a folder, as a dict.
 
-    An image is (H, W, 1 or 3) uint8. A folder's are cropped to size, if size > 0.
+    read(item) is an image, (H, W, 1 or 3) uint8, and size (H, W). A folder's images are cropped to
+    --size, if it is given.
     """
     if os.path.isfile(f'{path}/meta.json'):
         data = Dataset(path)
@@ -142,32 +143,41 @@ def open_images(path, size):
     else:
         read, items = partial(read_picture, size=size), list_pictures(path)[0]
     check(len(items) > 1, f'{path!r} must have 2 images or more')
-    return read, items
+    with exit_on_error(f'{path!r} has an image that cannot be read', OSError):
+        found = read(items[0]).shape[:2]
+    check(found == (size, size) or not size, f'{path!r} is of {found}: --size crops folders')
+    return dict(read=read, items=items, size=found)
 
 
 def load_statistics(path):
-    """mu, sigma and count, 0 if not stated, of an .npz, as a dict; None if it is of images."""
+    """mu, sigma, count and size of an .npz of statistics, a dict; None if the path is of images.
+
+    count is 0 and size, (H, W), is () where it is not stated, as in ADM's.
+    """
     with exit_on_error(f'{path!r} has no images (arr_0) or statistics (mu, sigma)'):
         if not path.endswith('.npz') or 'mu' not in np.load(path):
             return None
         arrays = np.load(path)
         mu, sigma, count = arrays['mu'], arrays['sigma'], int(arrays.get('count', 0))
+        size = tuple(arrays.get('size', np.array([])).tolist())
     check(mu.shape + sigma.shape == (2048,) * 3 and np.isfinite(mu.sum() + sigma.sum()),
           f'mu and sigma in {path!r} must be of 2048 features, and finite')
-    return dict(mu=mu, sigma=sigma, count=count)
+    return dict(mu=mu, sigma=sigma, count=count, size=size)
 
 
 def extract(weights, images, batch_size, device, rank, world):
     """The features (N, 2048) float32 of what open_images returns. Each process extracts a share."""
-    read, items = images
+    items = images['items']
     features = torch.zeros(len(items), 2048, device=device)
     with ThreadPoolExecutor() as pool:
         for i in tqdm(range(rank * batch_size, len(items), world * batch_size), disable=rank > 0):
             with exit_on_error('an image cannot be read', OSError):
-                batch = list(pool.map(read, items[i:i + batch_size]))
-            check(len({image.shape for image in batch}) == 1, 'images differ in size: give --size')
-            x = torch.from_numpy(np.stack(batch)).expand(-1, -1, -1, 3)     # grey or RGB
-            features[i:i + batch_size] = inception_features(weights, x.to(device))
+                batch = list(pool.map(images['read'], items[i:i + batch_size]))
+            sizes = {image.shape[:2] for image in batch}
+            check(sizes == {images['size']}, f'images differ in size, as {sizes}: give --size=N')
+            x = torch.from_numpy(np.stack(batch)).expand(-1, -1, -1, 3)   # grey or RGB
+            with exit_on_error(f'the weights are not those at {URL}', KeyError):
+                features[i:i + batch_size] = inception_features(weights, x.to(device))
     all_sum(features)
     check(features.isfinite().all(), 'features are not finite: are the weights right?')
     return features
@@ -187,32 +197,36 @@ if __name__ == '__main__':
     check(ref and (samples or save_stats), 'give --ref=B and --samples=A or --save_stats=C')
     check(os.path.isdir(os.path.dirname(save_stats) or '.'), f'no folder for {save_stats!r}')
     check(save_stats.endswith('.npz') or not save_stats, 'save_stats must be NAME.npz')
+    check(not save_stats or realpath(save_stats) not in map(realpath, (samples, ref)),
+          f'{save_stats} is an input: give another --save_stats')
     device, rank, world = launch(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     # All files are opened before the work
     statistics = load_statistics(ref)
+    reference = statistics or open_images(ref, size)        # both have a size
     if samples:
-        sample_images = open_images(samples, size)
-    if statistics is None:
-        ref_images = open_images(ref, size)
+        images = open_images(samples, size)
+        check(reference['size'] in ((), images['size']), f'samples are of {images["size"]}, '
+              f'but ref of {reference["size"]}: give --size=N to crop folders')
     weights = load_inception(inception, device)
 
     b = None
     if statistics is None:
-        b = extract(weights, ref_images, batch_size, device, rank, world)
+        b = extract(weights, reference, batch_size, device, rank, world)
         mu, sigma = mean_and_covariance(b)
-        statistics = dict(mu=mu, sigma=sigma, count=len(b))
+        statistics = dict(mu=mu, sigma=sigma, count=len(b), size=reference['size'])
     if samples:
-        a = extract(weights, sample_images, batch_size, device, rank, world)
+        a = extract(weights, images, batch_size, device, rank, world)
     if rank > 0:
         raise SystemExit
     n_ref = statistics['count']
-    result = dict(samples=samples, ref=ref, n_ref=n_ref, size=size, inception=inception or URL)
+    result = dict(samples=samples, ref=ref, n_ref=n_ref, size=reference['size'],
+                  inception=inception or URL)
     if samples:
         mu, sigma = mean_and_covariance(a)
         distance = frechet_distance(mu, sigma, statistics['mu'], statistics['sigma'])
-        result |= dict(n_samples=len(a), fid=distance)
+        result |= dict(n_samples=len(a), size=images['size'], fid=distance)
         if len(a) <= 2048 or 0 < n_ref <= 2048:
             print('warning: up to 2,048 images covariances are singular: FID is too high')
     if samples and b is not None and min(len(a), len(b), pr_samples) > 3:

@@ -161,7 +161,7 @@ def check_solver(config, method, tol, cfg, label_drop):
 
 if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
-    out = ''                # NAME.png, .npz or a folder NAME/; '': beside the checkpoint
+    out = ''                # NAME.png, NAME.npz or a folder NAME/; '': beside ckpt
     num_samples = 100
     batch_size = 100        # of each process
     cls = ''                # the name or number of one class; '' is all in turn
@@ -194,7 +194,7 @@ if __name__ == '__main__':
               f'cls must be the name of a class, one of {names}, or a number below {len(names)}')
         classes = [names.index(cls) if cls in names else int(cls)]
     out = out or os.path.join(os.path.dirname(ckpt), 'samples.png')
-    check(out.endswith(('.png', '.npz', '/')), f'out must be .png, .npz or NAME/: {out!r}')
+    check(out.endswith(('.png', '.npz', '/')), 'out must be NAME.png, NAME.npz or NAME/')
     check(out.endswith('/') or not os.path.isdir(out), f'{out} is a folder')
 
     # All processes write to one array, which becomes what is wanted
@@ -224,10 +224,11 @@ if __name__ == '__main__':
         elif rank == 0 and out.endswith('.png'):
             save_grid(out, images)
         elif rank == 0 and classes:
-            np.savez(out, images, labels_of(range(num_samples), classes))   # arr_0, arr_1
+            np.savez(out, images, labels_of(range(num_samples), classes))
         elif rank == 0:
             np.savez(out, images)
     barrier()
     if rank == 0:
         os.remove(file)
-        print(f'{num_samples} samples, {method}, NFE {np.mean(nfes):.1f}: {out}')
+        effort = f'tol {tol}' if method == 'dopri5' else f'{steps} steps'
+        print(f'{num_samples} samples, {method}, {effort}, NFE {np.mean(nfes):.1f}: {out}')

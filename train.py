@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import all_sum, autocast_for, check, configure, exit_on_error, launch
+from configurator import (all_sum, autocast_for, check, check_alike, configure, exit_on_error,
+                          launch)
 from data import Dataset, load_vae, training_order
 from model import (LapFlow, LapFlowConfig, multiscale_loss, packed_stages, stage_times,
                    states_and_velocities)
@@ -31,6 +32,7 @@ from sample import check_solver, draw, load_checkpoint, save_grid
 # -------------------------------------------------------------------------------------------------
 # Settings, which config files and --key=value override
 out_dir = 'out'
+init_from = ''              # a checkpoint: a new run begins with its weights
 eval_interval = 1000        # iterations between evaluations, each after a checkpoint
 log_interval = 10
 snapshot_interval = 0       # iterations between kept checkpoints, ckpt-N.pt; 0 is off
@@ -53,7 +55,7 @@ label_drop = 0.1            # share of labels replaced by the null label, for gu
 max_iters = 10_000
 learning_rate = 2e-4
 warmup_iters = 0
-min_lr = 1e-6               # the cosine ends here; equal to learning_rate: a constant rate
+min_lr = 1e-6               # where the cosine ends, at max_iters
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.999
@@ -73,8 +75,8 @@ config = configure(globals())
 check(min(eval_interval, log_interval, eval_images, sample_images, max_iters, batch_size, steps,
           gradient_accumulation_steps, patch, width, depth, heads) > 0,
       'intervals, numbers of images, batch_size, steps and sizes must be at least 1')
-check(max(beta1, beta2, ema_decay) < 1, 'beta1, beta2 and ema_decay must be below 1')
-check(label_drop <= 1, f'label_drop is a share of 1, not {label_drop}')
+check(max(beta1, beta2, ema_decay) < 1 and label_drop <= 1,
+      'beta1, beta2 and ema_decay must be below 1, label_drop at most 1')
 check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
       'torch.compile needs a C++ compiler: install one, or give --compile=False')
 
@@ -102,12 +104,18 @@ check_solver(model_config, method, tol, cfg, label_drop)
 torch.manual_seed(seed)
 model = LapFlow(model_config).to(device)
 model.checkpoint_blocks = checkpoint_blocks
+ckpt_path = f'{out_dir}/ckpt.pt'
+if init_from and not os.path.exists(ckpt_path):
+    saved = load_checkpoint(init_from)
+    weights, own = saved['ema'] or saved['model'], model.state_dict()
+    fits = {key: w for key, w in weights.items() if key in own and w.shape == own[key].shape}
+    new = model.load_state_dict(fits, strict=False).missing_keys
+    print(f'{len(fits)} weights are from {init_from}; these are new: {new or "none"}')
 parameters = list(model.parameters())
 optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, beta2),
                               weight_decay=weight_decay, fused=True)
 ema = copy.deepcopy(model).requires_grad_(False) if ema_decay > 0 else None
 iteration = 0
-ckpt_path = f'{out_dir}/ckpt.pt'
 if os.path.exists(ckpt_path):
     saved = load_checkpoint(ckpt_path)
     there = asdict(LapFlowConfig(**saved['model_args'])) | saved['data']
@@ -124,6 +132,8 @@ if os.path.exists(ckpt_path):
     iteration = saved['iter_num']
     print(f'resuming {ckpt_path} at {iteration} of {max_iters} iterations')
     del saved       # or its tensors stay in memory
+check_alike((iteration, config, data.meta, data.n_train),
+            'they need the same settings, and a dataset and an out_dir that all see')
 
 if compile:
     for block in model.blocks:
@@ -135,7 +145,7 @@ if rank == 0:
     vae = load_vae(data.meta, device)
     with exit_on_error(f'cannot write to {out_dir}'):
         os.makedirs(out_dir, exist_ok=True)
-        log_file = open(f'{out_dir}/log.csv', 'a', buffering=1)
+        log_file = open(f'{out_dir}/log.csv', 'a' if iteration else 'w', buffering=1)
     if log_file.tell() == 0:
         columns = [f'{data.eval_name}_{k}' for k in range(K)]
         print('iter,loss,lr,grad_norm,images_per_s', *columns, sep=',', file=log_file)
@@ -160,8 +170,8 @@ def random_draws(n, *key):
     generator = torch.Generator(device).manual_seed(number)
     noise = torch.randn(n, channels, size, size, generator=generator, device=device)
     uniform, drop = torch.rand(2, n, generator=generator, device=device)
-    eps = torch.randn(noise.shape, generator=generator, device=device)  # for the VAE's posterior
-    flip = np.random.default_rng((seed, *key)).random(n) < 0.5          # on the CPU, as the images
+    eps = torch.randn(noise.shape, generator=generator, device=device)  # for the VAE
+    flip = np.random.default_rng((seed, *key)).random(n) < 0.5      # on the CPU
     return dict(noise=noise, uniform=uniform, drop=drop < label_drop, eps=eps, flip=flip)
 
 
@@ -171,7 +181,7 @@ def loss_of(net, index, draws, part):
     x1, y = data.batch(index[part], device, draws['flip'], draws['eps'])
     if n_classes > 0:
         y = torch.where(draws['drop'], n_classes, y)
-    stage = packed_stages(len(index), K)[part]      # on the CPU, so that counting is no wait
+    stage = packed_stages(len(index), K)[part]      # on the CPU: counting is no wait
     t = stage_times(stage.to(device), draws['uniform'], model_config)
     x_t, u_t = states_and_velocities(x1, draws['noise'], t, stage, model_config)
     with autocast:
@@ -180,7 +190,7 @@ def loss_of(net, index, draws, part):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance('force_eager')       # its batches have other sizes: no recompiling
+@torch.compiler.set_stance('force_eager')       # other batch sizes: no recompiling
 def evaluate():
     """The error of each scale, always of the same images, noise and times. EMA if there is one.
 
@@ -188,7 +198,7 @@ def evaluate():
     """
     index = data.eval_index[:eval_images]
     draws = random_draws(len(index), 1)
-    parts = math.ceil(len(index) * n_parts / batch_size)    # each no larger than in training
+    parts = math.ceil(len(index) * n_parts / batch_size)    # no larger than in training
     sums = torch.zeros(2, K, device=device)     # of errors, of images
     for i in range(rank, parts, world):
         _, errors = loss_of(ema or model, index, draws, slice(i, None, parts))
@@ -224,7 +234,10 @@ stopping = False
 
 
 def stop_soon(number, frame):
-    """Ctrl-C or SIGTERM: save and end at the next log step. A second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM, a closed terminal: save and end at the next log step.
+
+    A second Ctrl-C ends at once.
+    """
     global stopping
     stopping = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -232,6 +245,8 @@ def stop_soon(number, frame):
 
 signal.signal(signal.SIGINT, stop_soon)
 signal.signal(signal.SIGTERM, stop_soon)
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:     # nohup
+    signal.signal(signal.SIGHUP, stop_soon)
 
 # -------------------------------------------------------------------------------------------------
 # Training
@@ -275,8 +290,8 @@ while iteration < max_iters and not stop:
     rate = (iteration - logged) * batch_size / (time.time() - clock)
     if skipped > 0:
         print(f'skipped {skipped:.0f} updates, because their gradients are not finite')
-    check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: try a lower '
-          f'learning_rate, more warmup_iters or dtype=float32 ({ckpt_path} is untouched)')
+    check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: is the data bad? '
+          'Or try a lower learning_rate, more warmup_iters or dtype=float32')
     if rank == 0 and (evaluating or stop):      # save before what may fail
         # Weights that have diverged must not replace good ones. One bad gradient may be chance
         last_chance = (stop or iteration == max_iters) and in_a_row == 1
@@ -285,9 +300,8 @@ while iteration < max_iters and not stop:
         else:
             print(f'the loss is not finite: {ckpt_path} is not written')
     errors = evaluate() if evaluating else [''] * K
-    minutes = (max_iters - iteration) * batch_size / rate / 60
     print(f'iter {iteration}/{max_iters}: loss {loss:.4f}, {rate:.1f} images/s, '
-          f'{minutes:.0f} minutes left')
+          f'{(max_iters - iteration) * batch_size / rate / 60:.0f} minutes left')
     if rank == 0:
         with exit_on_error(f'cannot write to {out_dir}'):
             print(iteration, loss, lr, norm.item(), rate, *errors, sep=',', file=log_file)
@@ -295,6 +309,6 @@ while iteration < max_iters and not stop:
     skipped.zero_()
 
 if dist.is_initialized():
-    del net         # first: else gloo's threads may outlive the process group, and abort
+    del net         # first, or gloo's threads may outlive the process group
     gc.collect()
     dist.destroy_process_group()
