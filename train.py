@@ -182,7 +182,7 @@ def loss_of(net, index, draws, part):
     if n_classes > 0:
         y = torch.where(draws['drop'], n_classes, y)
     stage = packed_stages(len(index), K)[part]      # on the CPU: counting is no wait
-    t = stage_times(stage.to(device), draws['uniform'], model_config)
+    t = stage_times(stage.to(device, non_blocking=True), draws['uniform'], model_config)
     x_t, u_t = states_and_velocities(x1, draws['noise'], t, stage, model_config)
     with autocast:
         v_t = net(x_t, t, y)

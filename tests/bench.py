@@ -409,7 +409,7 @@ def loop(width, depth, heads, patch, size, T, batch_size, repeats, device, compi
     np.save(os.path.join(folder, 'labels.npy'), np.zeros(N, np.int64))
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump(dict(vae='random', count=N, heldout=0, flips=2, size=size, channels=4, classes=[],
-                       scaling_factor=1.0), f)
+                       image_size=8 * size, scaling_factor=1.0), f)
     data, step, position = Dataset(folder), Trainer(config, batch_size, device, compiled=compiled), count()
     eps = torch.randn(batch_size, 4, size, size, device=device)
 

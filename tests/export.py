@@ -16,6 +16,8 @@ if __name__ == '__main__':
     out = ''
     configure(globals())
     check(out.endswith('.pt'), f'give a file to write, --out=NAME.pt, not {out!r}')
+    check(os.path.realpath(out) != os.path.realpath(ckpt),
+          f'{out} is the checkpoint itself: give another --out')
     restart_under_variant(ckpt)
     checkpoint = load_checkpoint(ckpt)
     weights = checkpoint['ema'] or checkpoint['model']

@@ -398,7 +398,7 @@ def random_settings(rng):
     settings = dict(size=int(choose(8, 16, 16, 24, 12)), channels=int(choose(1, 3, 4)),
                     patch=int(choose(1, 2, 2, 4)), width=int(choose(8, 16, 24)), depth=int(choose(1, 2)),
                     heads=int(choose(1, 2, 4, 3)), T=T, n_classes=int(choose(0, 3)))
-    options = [flow, choose('', '', 'mask=none', 'mask=self'),
+    options = [flow, choose('', '', 'mask=none', 'mask=self') * (flow == ''),
                choose('', '', 'shared=mod', 'shared=qkv+proj', 'shared=ffn+mod', 'shared=qkv+proj+ffn+mod'),
                choose('', '', 'schedule=gvp', 'schedule=quadratic', 'schedule=cubic') * (flow != 'flow=pyramidal'),
                choose('', 'image_tokens=True') * (flow == '')]

@@ -249,7 +249,7 @@ def test_statistics_of_features_are_numpys(batch_size, features_are):
     x = np.random.default_rng(0).normal(0.5, deviation, (300, 2048)).astype(np.float32)
     features_are(x)
     order = np.random.default_rng(1).permutation(300)
-    features = fid.extract({}, (numbered, order), batch_size, 'cpu', 0, 1)
+    features = fid.extract({}, dict(read=numbered, items=order, size=(1, 2)), batch_size, 'cpu', 0, 1)
     assert features.dtype == torch.float32 and (features.numpy() == x[order]).all()
     mu, sigma = fid.mean_and_covariance(features)
     x64 = x.astype(np.float64)
@@ -264,14 +264,14 @@ def test_the_shares_of_processes_join_in_the_order_of_images(world, batch_size, 
     """Image i has the features i + 1. Each is read by one process."""
     features_are(np.repeat(np.arange(1, 8, dtype=np.float32)[:, None], 2048, 1))
     sent, reads = [], []
-    read = lambda i: reads.append(i) or numbered(i)
+    images = dict(read=lambda i: reads.append(i) or numbered(i), items=range(7), size=(1, 2))
     monkeypatch.setattr(fid, 'all_sum', lambda part: sent.append(part.clone()) or part)
     for rank in range(world):
-        fid.extract({}, (read, range(7)), batch_size, 'cpu', rank, world)
+        fid.extract({}, images, batch_size, 'cpu', rank, world)
     assert len(sent) == world and sorted(reads) == list(range(7))
     monkeypatch.setattr(fid, 'all_sum', lambda part: part.copy_(sum(sent)))
     for rank in (0, world - 1):
-        features = fid.extract({}, (read, range(7)), batch_size, 'cpu', rank, world)
+        features = fid.extract({}, images, batch_size, 'cpu', rank, world)
         assert features.shape == (7, 2048) and (features == torch.arange(1, 8)[:, None]).all()
     mu, sigma = fid.mean_and_covariance(features)
     np.testing.assert_allclose(mu, 4, rtol=1e-12)
@@ -399,7 +399,7 @@ def prepare(folder, images, heldout, unreadable=None):
     np.save(folder / ('latents.npy' if vae else 'images.npy'), images)
     np.save(folder / 'labels.npy', np.where(np.arange(N) == unreadable, -1, 0))
     meta = dict(source='test', size=size, channels=channels, image_size=32, count=N, heldout=heldout, flips=1,
-                classes=[], vae=vae)
+                classes=[], vae=vae, scaling_factor=1.0)
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 
@@ -434,9 +434,10 @@ def close(numbers, expected):
 
 @pytest.mark.parametrize('form', ['a', 'a.npz', 'a-small.npz', 'dataset-a'])
 def test_every_form_of_a_set_has_the_same_pixels(form, place):
-    read, items = fid.open_images(str(place / form), 0)
+    images = fid.open_images(str(place / form), 0)
+    read, items = images['read'], images['items']
     pixels = np.load(place / 'a.npz')['arr_0']
-    assert len(items) == 5
+    assert len(items) == 5 and images['size'] == (32, 32)
     for i in (0, 1, 2, 3, 4, 3, 0):     # also backwards, as a second pass
         assert read(items[i]).dtype == np.uint8 and np.array_equal(read(items[i]), pixels[i])
 
@@ -444,7 +445,7 @@ def test_every_form_of_a_set_has_the_same_pixels(form, place):
 def test_a_dataset_and_a_folder_give_the_numbers_of_their_pixels(cli, expected, place):
     numbers, out, message = cli('--samples=dataset-a', '--ref=b')
     assert message == '' and close(numbers, expected)
-    stated = dict(samples='dataset-a', ref='b', size=0, inception='weights.pth')
+    stated = dict(samples='dataset-a', ref='b', size=[32, 32], inception='weights.pth')
     assert {key: numbers[key] for key in stated} == stated and 'up to 2,048' in out
     assert set(numbers) == {'samples', 'ref', 'n_ref', 'size', 'inception', 'fid', 'n_samples', 'precision', 'recall',
                             'pr_samples', 'pr_ref'}
@@ -478,7 +479,7 @@ def test_the_distance_is_printed_before_statistics_are_written(place, cli, expec
     """So it is not lost where the disk is full; here a folder has the file's name."""
     os.makedirs(place / 'taken.npz')
     _, out, message = cli('--samples=a', '--ref=b', '--save_stats=taken.npz')
-    assert 'cannot write taken.npz (IsADirectoryError(' in message and '\n' not in message
+    assert 'cannot write taken.npz (IsADirectoryError: ' in message and '\n' not in message
     assert close(json.loads(out.splitlines()[-1]), expected)
 
 
@@ -539,21 +540,24 @@ def test_folders_are_cropped_to_size_and_greys_are_rgb(place, monkeypatch):
     for path, size in (('mixed', 32), ('cropped.npz', 0)):
         fid.extract({}, fid.open_images(str(place / path), size), 4, 'cpu', 0, 1)
         assert np.array_equal(seen.pop(), cropped)
-    read, items = fid.open_images(str(place / 'mixed'), 0)
-    assert [read(item).shape for item in items] == [(64, 64, 3), (56, 64, 3), (48, 64, 3), (40, 64, 3)]
+    images = fid.open_images(str(place / 'mixed'), 0)
+    shapes = [images['read'](item).shape for item in images['items']]
+    assert shapes == [(64, 64, 3), (56, 64, 3), (48, 64, 3), (40, 64, 3)]
 
 
 def test_only_folders_are_resized(cli, place, net):
-    numbers, out, message = cli('--samples=a.npz', '--ref=b', '--size=16', '--pr_samples=0')
-    assert numbers['size'] == 16 and 'pr_ref' not in numbers
-    small = [center_crop(Image.fromarray(image), 16) for image in np.load(place / 'b.npz')['arr_0']]
-    a, b = (net(images).double().numpy() for images in (np.load(place / 'a.npz')['arr_0'], np.stack(small)))
+    images = [np.load(place / f'{name}.npz')['arr_0'] for name in 'ab']
+    small = [np.stack([center_crop(Image.fromarray(image), 16) for image in x]) for x in images]
+    np.savez(place / 'a16.npz', small[0])
+    numbers, out, message = cli('--samples=a16.npz', '--ref=b', '--size=16', '--pr_samples=0')
+    assert numbers['size'] == [16, 16] and 'pr_ref' not in numbers
+    a, b = (net(x).double().numpy() for x in small)
     A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))      # as in `expected`
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum()
     assert numbers['fid'] == pytest.approx(distance - 2 * np.linalg.norm(A @ B.T, 'nuc'), rel=1e-4)
     for form in ('a.npz', 'dataset-a'):
-        read, items = fid.open_images(str(place / form), 16)
-        assert read(items[0]).shape == (32, 32, 3)
+        with pytest.raises(SystemExit, match=f'{form}.* is of [(]32, 32[)]: --size crops folders'):
+            fid.open_images(str(place / form), 16)
 
 
 def test_bad_input_is_one_sentence(cli, place, monkeypatch):
@@ -607,11 +611,13 @@ def test_bad_input_is_one_sentence(cli, place, monkeypatch):
             (('--samples=a', '--ref=sizes'), 'images differ in size'),
             (('--samples=a', '--ref=four.npz'), 'grey or RGB'),
             (('--samples=a', '--ref=flat.npz'), 'grey or RGB'),
-            (('--samples=a', '--ref=damaged'), "1.png' cannot be read")):
+            (('--samples=a', '--ref=damaged'), f"an image cannot be read (OSError: '{place}/damaged/1.png': ")):
         message = cli(*args)[2]
         assert words in message and '\n' not in message and message.startswith('fid.py: '), (args, message)
     for weights, words in (('cut.pth', 'RuntimeError'), ('none.pth', 'No such'), ('', 'no network')):
         message = cli('--samples=a', '--ref=b', weights=weights)[2]
-        assert message.startswith(f'fid.py: cannot load the Inception weights {weights!r}: put {fid.URL} in a file')
+        assert message.startswith(f'fid.py: cannot load the Inception weights {weights!r}: save {fid.URL} and')
         assert words in message and '\n' not in message, (weights, message)
-    assert cli('--samples=a', '--ref=b', weights='other.pth')[2] == f"fid.py: 'other.pth' is not the file at {fid.URL}"
+    message = cli('--samples=a', '--ref=b', weights='other.pth')[2]
+    assert message.startswith(f'fid.py: the weights are not those at {fid.URL} (') and 'Conv2d_1a_3x3' in message
+    assert '\n' not in message

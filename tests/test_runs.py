@@ -53,7 +53,7 @@ def test_every_config_prepares_trains_and_samples(config, latents, run, tmp_path
     T, of_classes = runpy.run_path(f'{ROOT}/config/{config}.py')['T'], config.startswith('imagenet')
     printed, message = run('train.py', f'config/{config}.py', *SMALL, f'--dataset={latents}/data/x{"y" * of_classes}',
                            f'--out_dir={tmp_path}')
-    assert message == '' and f'{len(T) + 1} scales of 16' in printed
+    assert message == '' and f'{len(T) + 1} scales, the finest of 16,' in printed
     assert Image.open(tmp_path / 'samples.png').size == (10 * 32, 32)
     _, message = run('sample.py', '--ckpt', str(tmp_path / 'ckpt.pt'), f'--out={tmp_path}/png/', '--num_samples=2')
     assert message == ''
@@ -137,7 +137,7 @@ def test_a_folder_of_samples_has_the_pictures_of_an_array_and_is_not_drawn_into_
     args = ['--ckpt', str(latent_run / 'out' / 'ckpt.pt'), '--device=cpu', '--num_samples=5']
     out, before = latent_run / 'more', set(os.listdir(latent_run))
     printed, message = run('sample.py', *args, f'--out={out}/')
-    assert message == '' and '5 samples, midpoint, NFE' in printed
+    assert message == '' and '5 samples, midpoint, 6 steps, NFE' in printed
     assert run('sample.py', *args, f'--out={latent_run}/more.npz', '--batch_size=5')[1] == ''
     images = np.load(latent_run / 'more.npz')['arr_0']
     assert sorted(os.listdir(out)) == [f'00000{i}.png' for i in range(5)]
@@ -258,4 +258,4 @@ def test_an_exported_checkpoint_draws_the_same_pictures_and_is_not_trained_on(tr
         assert run('sample.py', '--ckpt', f'{folder}/ckpt.pt', '--num_samples=20', f'--out={folder}.npz')[1] == ''
         images.append(np.load(f'{folder}.npz')['arr_0'].astype(int))
     assert abs(images[0] - images[1]).max() <= 2 and images[0].std() > 1
-    assert run('train.py', *TINY, '--out_dir=exported')[1].startswith('train.py: exported/ckpt.pt holds weights alone')
+    assert run('train.py', *TINY, '--out_dir=exported')[1].startswith('train.py: exported/ckpt.pt has only weights')
