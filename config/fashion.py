@@ -1,6 +1,6 @@
 # Fashion-MNIST, class-conditional, 32 x 32, grey: real pictures on a CPU, by the paper's method. It made assets/fashion.pt.
 #
-#   python tests/fashion.py --source=DOWNLOADS      # its four files, as downloaded
+#   python tests/experiments/fashion.py --source=DOWNLOADS      # its four files, as downloaded
 #   python train.py config/fashion.py --compile=True
 #   python sample.py --ckpt out-fashion/ckpt.pt
 out_dir = 'out-fashion'

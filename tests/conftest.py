@@ -1,3 +1,4 @@
+"""What the tests share: a workplace as a user has one, ways to run the scripts, a stand-in VAE."""
 import json
 import multiprocessing
 import os
@@ -11,90 +12,100 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-os.environ['OMP_NUM_THREADS'] = '1'      # tensors this small gain nothing from threads; for subprocesses, too
-os.environ['PYTHONUNBUFFERED'] = '1'
+os.environ['OMP_NUM_THREADS'] = '1'     # tensors so small gain nothing from threads
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, f'{ROOT}/tests/experiments']
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 import model  # noqa: E402
 import sample  # noqa: E402
 import variants  # noqa: E402
+from data import make_digits  # noqa: E402
+
+TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12',
+        '--max_iters=6', '--eval_interval=3', '--log_interval=1', '--eval_images=24',
+        '--sample_images=12', '--method=euler', '--steps=4', '--dtype=float32', '--device=cpu',
+        '--warmup_iters=0', '--learning_rate=1e-2')
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """Makes it the dtype of new tensors and networks, until the end of the test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope='session')
 def workplace(tmp_path_factory):
-    """A folder with a small digits dataset in it, as a user's checkout after the first run."""
-    from data import make_digits
+    """A folder with a small digits dataset in data/, as a user's checkout after the first run."""
     folder = tmp_path_factory.mktemp('workplace')
-    make_digits(str(folder / 'data' / 'digits'), train=300, heldout=60)
+    make_digits(f'{folder}/data/digits', train=300, heldout=60)
     return folder
 
 
 @pytest.fixture(scope='session')
 def plain(workplace):
     """The name of a dataset without classes: the same digits."""
-    folder = workplace / 'data' / 'plain'
-    shutil.copytree(workplace / 'data' / 'digits', folder)
+    folder = workplace / 'data/plain'
+    shutil.copytree(workplace / 'data/digits', folder)
     meta = json.loads((folder / 'meta.json').read_text())
-    (folder / 'meta.json').write_text(json.dumps(meta | dict(classes=[])))
-    np.save(folder / 'labels.npy', np.zeros_like(np.load(folder / 'labels.npy')))
-    return folder.name
+    meta['classes'] = []
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    np.save(folder / 'labels.npy', np.zeros(360, int))
+    return 'plain'
 
 
-# What tests/variants.py puts in place in module model, of which module sample has some names, too
-CHANGED = ('LapFlow', 'LapFlowConfig', 'MoTBlock', 'alpha', 'sigma', 'block_causal_attention', 'states_and_velocities',
-           'stage_times', 'join')
+@pytest.fixture(scope='session')
+def trained(workplace):
+    """The out_dir of one uninterrupted run of TINY."""
+    assert run_in(workplace, 'train.py', *TINY, '--out_dir=out-whole') == ''
+    return workplace / 'out-whole'
 
 
-@contextmanager
-def variant_in_place(variant):
-    """Puts a variant of tests/variants.py in place, '' for LapFlow's own, and takes it away at the end."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CHANGED:
-            patch.setattr(model, name, getattr(model, name))
-        patch.setattr(variants.VariantConfig, 'applied', variant)
-        if variant:
-            variants.apply(variant)
-        for name in ('LapFlow', 'LapFlowConfig', 'join'):
-            patch.setattr(sample, name, getattr(model, name))
-        yield
+@pytest.fixture(scope='session')
+def vae_folder(tmp_path_factory):
+    """A VAE with random weights that halves the grid, as save_pretrained leaves it."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('vae')
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+                        scaling_factor=0.7, mid_block_add_attention=False,
+                        down_block_types=('DownEncoderBlock2D',) * 2,
+                        up_block_types=('UpDecoderBlock2D',) * 2)
+    vae.save_pretrained(folder)
+    return str(folder)
 
 
-def config_in_place(**settings):
-    """A config of the variant that is in place."""
-    if variants.VariantConfig.applied:
-        settings['variant'] = variants.VariantConfig.applied
-    return model.LapFlowConfig(**settings)
+# -------------------------------------------------------------------------------------------------
+# Running scripts
 
 
-@pytest.fixture
-def use():
-    """use('mask=none') puts a variant in place until the end of the test."""
-    with ExitStack() as stack:
-        yield lambda variant: stack.enter_context(variant_in_place(variant))
+def run_in(folder, script, *args, names=None):
+    """Runs a script in this process, from a folder. Returns its last sentence, '' for none.
 
-
-def run_in(folder, script, *args):
-    """Runs a script in this process, as if from a folder; the sentence that it ended with, '' for a normal end."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
+    names, a dict if it is given, receives what the script has defined at its end.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    with pytest.MonkeyPatch.context() as patch, variants.in_place(''):
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [script, *args])
-        if script == 'tests/variants.py':       # it changes module model, and module sample has names of that
-            for name in CHANGED:
-                patch.setattr(model, name, getattr(model, name))
-            patch.delitem(sys.modules, 'sample')
+        if script == 'tests/variants.py':
+            patch.delitem(sys.modules, 'sample')        # it has names of module model
         try:
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+            found = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+            if names is not None:
+                names.update(found)
         except SystemExit as end:
             return str(end.code or '')
         finally:
@@ -104,27 +115,20 @@ def run_in(folder, script, *args):
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capsys):
-    """
-    run('train.py', '--key=value', ...) -> what the script printed and the sentence it ended with ('' for a normal
-    end).
-    """
-    monkeypatch.chdir(workplace)
-
+def run(workplace, capsys):
+    """run('train.py', '--key=value', ...) -> what the script printed, and its last sentence."""
     def run(script, *args):
+        capsys.readouterr()
         message = run_in(workplace, script, *args)
         return capsys.readouterr().out, message
     return run
 
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-
-
 @contextmanager
-def started(folder, script, *args, launcher=(sys.executable,), stderr=subprocess.STDOUT):
-    """A script that is started from a folder in a process of its own, which is killed at the end."""
+def started(folder, script, *args, launcher=(sys.executable,)):
+    """A script in a process of its own, from a folder. It is killed at the end."""
     job = subprocess.Popen([*launcher, os.path.join(ROOT, script), *args], cwd=folder, text=True,
-                           stdout=subprocess.PIPE, stderr=stderr)
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         yield job
     finally:
@@ -138,90 +142,79 @@ FORKS.set_forkserver_preload(['pytest', 'torchdiffeq'])
 
 def be_rank(rank, port, output, *script):
     """What one of two processes does."""
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=port)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.exit(run_in(*script) or 0)
 
 
-def start_two(folder, script, *args):
-    """Starts a script in two processes that belong together, as torchrun does, but seconds faster."""
+def start_two(folder, script, *args, other=None):
+    """Starts a script in two processes that belong together, as torchrun does, but faster.
+
+    The second one is in the same folder, or in another.
+    """
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
     output = tempfile.mktemp(dir=folder, prefix='output-')
-    jobs = [FORKS.Process(target=be_rank, args=(rank, port, output, folder, script, *args)) for rank in '01']
-    for job in jobs:
+    jobs = []
+    for rank, place in (('0', folder), ('1', other or folder)):
+        job = FORKS.Process(target=be_rank, args=(rank, port, output, place, script, *args))
         job.start()
+        jobs.append(job)
     return jobs, output
 
 
 def finish(jobs, output):
-    """Waits for what `start_two` started, which must end well; what it printed."""
+    """Waits for what `start_two` started, which must end well. Returns what it printed."""
     for job in jobs:
-        job.join(300)
-        job.kill()
+        job.join()
     printed = Path(output).read_text()
     assert [job.exitcode for job in jobs] == [0, 0], printed
     return printed
 
 
-TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12', '--max_iters=6',
-        '--eval_interval=3', '--log_interval=1', '--eval_images=24', '--sample_images=12', '--method=euler',
-        '--steps=4', '--dtype=float32', '--device=cpu', '--warmup_iters=0', '--learning_rate=1e-2')
+# -------------------------------------------------------------------------------------------------
+# Variants in place of LapFlow
 
 
-@pytest.fixture(scope='session')
-def trained(workplace):
-    """The folder of one uninterrupted tiny run."""
-    assert run_in(workplace, 'train.py', *TINY, '--out_dir=out-whole') == ''
-    return workplace / 'out-whole'
+@pytest.fixture
+def use(monkeypatch):
+    """use('mask=none') puts a variant in place until the end of the test."""
+    with ExitStack() as stack:
+        def use(variant):
+            stack.enter_context(variants.in_place(variant))
+            for name in ('LapFlow', 'LapFlowConfig', 'join'):
+                monkeypatch.setattr(sample, name, getattr(model, name))
+        yield use
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compiling(request):
-    """
-    The two processes of the test of compiled blocks, started before all tests if that is one of them, for they are a
-    minute in the C++ compiler.
-    """
-    if shutil.which('g++') and any(item.name.startswith('test_compiled_blocks') for item in request.session.items):
-        folder = request.getfixturevalue('workplace')
-        jobs, output = start_two(folder, 'train.py', *TINY, '--compile=True', '--out_dir=out-compiled')
-        yield jobs, output
-        for job in jobs:
-            job.kill()
-    else:
-        yield
+# -------------------------------------------------------------------------------------------------
+# Checkpoints and logs
 
 
-@pytest.fixture(scope='session', autouse=True)
-def rehearsal(request):
-    """
-    The rehearsal of tests/gpu.py on this CPU, started before all tests if one of them asks for it, for it takes a
-    minute: its process and its folder of results.
-    """
-    if any('rehearsal' in item.fixturenames and 'gpu' in item.module.__name__ for item in request.session.items):
-        folder = request.getfixturevalue('workplace')
-        with open(folder / 'rehearsal.txt', 'w') as output:
-            job = subprocess.Popen([sys.executable, os.path.join(ROOT, 'tests/gpu.py'), '--device=cpu', '--small=True',
-                                    '--results=results-gpu'], cwd=folder, stdout=output, stderr=output)
-        yield job, folder / 'results-gpu'
-        job.kill()
-    else:
-        yield
+def load(out_dir):
+    """The checkpoint of a run."""
+    return torch.load(Path(out_dir) / 'ckpt.pt', weights_only=True)
 
 
-@pytest.fixture(scope='session')
-def vae_folder(tmp_path_factory):
-    """A VAE with random weights that halves the grid, as save_pretrained leaves it."""
-    from diffusers import AutoencoderKL
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('vae')
-    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.7,
-                  mid_block_add_attention=False,
-                  down_block_types=('DownEncoderBlock2D',) * 2,
-                  up_block_types=('UpDecoderBlock2D',) * 2).save_pretrained(folder)
-    return str(folder)
+def rows_of(out_dir):
+    """The rows of log.csv as lists of text, its head first, without images_per_s."""
+    rows = [line.split(',') for line in (Path(out_dir) / 'log.csv').read_text().splitlines()]
+    rate = rows[0].index('images_per_s')
+    return [row[:rate] + row[rate + 1:] for row in rows]
+
+
+def same(a, b):
+    """Whether two nested dicts and lists hold the same, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
 
 
 def pytest_configure(config):
@@ -229,6 +222,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: 'gpu' in item.module.__name__)      # last: by then its rehearsal is over
+    items.sort(key=lambda item: 'rehearsal' not in item.name)       # the longest comes first
     if 'soak' not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker('soak')]

@@ -1,202 +1,267 @@
-"""Algorithm 2 against oracle velocities whose solutions are known in closed form, and what sample.py writes."""
+"""Alg. 2 against velocities whose solutions are known, and what sample.py makes of a checkpoint."""
 import math
-from types import SimpleNamespace
+import os
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
-import model as lapflow
-from model import laplacian_pyramid, state_and_velocity
-from sample import METHODS, generate, noise_of, save_grid, to_uint8
-from test_model import SCHEDULES, small
+from conftest import finish, load, start_two
+from model import LapFlow, LapFlowConfig, laplacian_pyramid, up
+from sample import METHODS, generate, labels_of, noise_of, save_grid, to_uint8
 
-TIMES = {1: (), 2: (0.5,), 3: (0.67, 0.33), 4: (0.75, 0.5, 0.25)}
+close = partial(assert_close, rtol=0, atol=1e-6)        # times are float32
+
+
+def network(T, n_classes=5):
+    """A small network with random weights."""
+    config = LapFlowConfig(size=16, patch=2, width=16, depth=2, heads=2, T=T, n_classes=n_classes)
+    model = LapFlow(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return model.requires_grad_(False)
 
 
 class Oracle:
-    """
-    Stands in for the network: calls velocity(k, x, t) for each active scale, and writes down how it was called, as
-    (states, t, y).
-    """
+    """Stands in for a network: velocity(x_t, t) gives a dict like x_t. Keeps its calls."""
 
-    def __init__(self, velocity, T, n_classes=0):
-        self.velocity, self.calls = velocity, []
-        self.config = SimpleNamespace(T=T, times=(1.0, *T, 0.0), K=len(T) + 1, n_classes=n_classes)
+    def __init__(self, T, velocity):
+        self.config = LapFlowConfig(T=T)
+        self.velocity = velocity
+        self.calls = []
 
     def __call__(self, x_t, t, y=None):
-        self.calls.append(({k: x.clone() for k, x in x_t.items()}, t, y))
-        return {k: self.velocity(k, x, t) for k, x in x_t.items()}
-
-    def start(self, k):
-        return (*self.config.T, 0.0)[k]
-
-    def segments(self):
-        """The calls of each segment, the coarsest scale's first."""
-        K = self.config.K
-        segments = [[call for call in self.calls if list(call[0]) == list(range(s, K))] for s in reversed(range(K))]
-        flat = [call for segment in segments for call in segment]
-        assert len(flat) == len(self.calls) and all(a is b for a, b in zip(flat, self.calls))
-        return segments
-
-
-def knows_the_data(x1, x0, T):
-    """An oracle with the velocity of Eq. (5) towards a known x1."""
-    data, noise = laplacian_pyramid(x1, len(T) + 1), laplacian_pyramid(x0, len(T) + 1)
-    oracle = Oracle(lambda k, x, t: state_and_velocity(data[k], noise[k], t, oracle.start(k))[1], T)
-    return oracle, data, noise
-
-
-@pytest.mark.parametrize('K', (1, 2, 3, 4))
-def test_the_true_velocity_leads_to_the_data_point(K):
-    x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    oracle, _, _ = knows_the_data(x1, x0, TIMES[K])
-    x, nfe = generate(oracle, x0, method='euler', steps=8)      # the linear path is straight: Euler is exact
-    torch.testing.assert_close(x, x1, atol=1e-6, rtol=0)        # times are float32
-    assert nfe == 8 == len(oracle.calls)
-
-
-@pytest.mark.parametrize('variant', SCHEDULES)
-def test_the_true_velocity_of_every_path_leads_to_the_data_point(variant, use):
-    use(variant)
-    x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    x, _ = generate(knows_the_data(x1, x0, (0.67, 0.33))[0], x0, method='dopri5', tol=1e-6)
-    torch.testing.assert_close(x, x1, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize('variant', SCHEDULES)
-def test_the_state_at_every_handover_is_the_training_state(variant, use):
-    """
-    Where a segment starts, every active scale's state is Eq. (3) at T_k: the new one's, and those of the coarser ones,
-    which have just ended the segment before.
-    """
-    use(variant)
-    x1, x0 = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
-    oracle, data, noise = knows_the_data(x1, x0, (0.67, 0.33))
-    x, _ = generate(oracle, x0, method='rk4', steps=60)
-    joins = [segment[0] for segment in oracle.segments()]
-    assert [[round(t_i, 2) for t_i in t.tolist()] for _, t, _ in joins] == [[0.0] * 3, [0.33] * 3, [0.67] * 3]
-    assert [list(state) for state, _, _ in joins] == [[2], [1, 2], [0, 1, 2]]
-    joins.append((dict(enumerate(laplacian_pyramid(x, 3))), torch.ones(3), None))
-    for state, t, _ in joins:
-        for k in state:
-            expected, _ = state_and_velocity(data[k], noise[k], t.double(), oracle.start(k))
-            torch.testing.assert_close(state[k], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize('variant', SCHEDULES)
-@pytest.mark.parametrize('method', ('dopri5', 'rk4'))
-def test_handovers_have_the_marginal_of_gaussian_data(method, variant, use):
-    """
-    Data N(0, s^2 I) at every scale. The marginal at t is N(0, v), v(t) = alpha^2 s^2 + sigma^2 n with n the variance of
-    the scale's noise, the flow's velocity is x v'(t) / 2v(t), and its solution x(t) = x(start) sqrt(v(t) / v(start)):
-    in closed form. So is the state at the start of every segment, of every step if they are fixed, and at the end.
-    """
-    use(variant)
-    T, x0 = (0.67, 0.33), torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    s2, noise = (0.3, 0.5, 2.0), laplacian_pyramid(x0, 3)
-    noise_variance = (3 / 4, 3 / 16, 1 / 16)        # of x - Up(Down(x)), of the same at half size, of Down(Down(x))
-
-    def variance(k, t):
-        return lapflow.alpha(t, (*T, 0.0)[k])[0] ** 2 * s2[k] + lapflow.sigma(t)[0] ** 2 * noise_variance[k]
-
-    def marginal_velocity(k, x, t):
         t = t[0].double()
-        v, dv = torch.func.jvp(lambda t: variance(k, t), (t,), (torch.ones_like(t),))
-        return x * dv / (2 * v)
-    oracle, steps = Oracle(marginal_velocity, T), 200 if variant == 'schedule=cubic' else 60
-    x, _ = generate(oracle, x0, method=method, steps=steps, tol=1e-7)
-    every = 4 if method == 'rk4' else 10 ** 9       # its calls in a step, the first at the step's start
-    known = [call for segment in oracle.segments() for call in segment[::every]]
-    assert len(known) == (steps if method == 'rk4' else 3)
-    known.append((dict(enumerate(laplacian_pyramid(x, 3))), torch.ones(2), None))
-    for state, t, _ in known:
-        for k in state:
-            start, t_ = torch.tensor(oracle.start(k), dtype=torch.float64), t[0].double()
-            expected = lapflow.sigma(start)[0] * noise[k] * torch.sqrt(variance(k, t_) / variance(k, start))
-            torch.testing.assert_close(state[k], expected, atol=2e-4, rtol=0)
+        self.calls.append((x_t, t))
+        return self.velocity(x_t, t)
+
+
+def lines(x1, x0, T):
+    """Eq. (3) to Eq. (5): line(k, t) is the state and the velocity of scale k for known x1, x0."""
+    data = laplacian_pyramid(x1, len(T) + 1)
+    noise = laplacian_pyramid(x0, len(T) + 1)
+
+    def line(k, t):
+        start = (*T, 0)[k]
+        alpha = (t - start) / (1 - start)
+        state = alpha * data[k] + (1 - t) * noise[k]
+        velocity = data[k] / (1 - start) - noise[k]
+        return state, velocity
+
+    return line
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 2
+
+
+def test_generate_is_algorithm_2_line_by_line():
+    """With two steps of Euler's method in a segment."""
+    model = network((0.75, 0.25))
+    y = torch.tensor([1, 4])
+    noise = torch.randn(2, 4, 16, 16)
+
+    def odeint(start, end, x):
+        h = (end - start) / 2
+        for t in (start, start + h):
+            v = model(x, torch.tensor([t, t]), y)
+            x = {k: x[k] + h * v[k] for k in x}
+        return x
+
+    x0 = laplacian_pyramid(noise, 3)                                                        # line 2
+    x = odeint(0.0, 0.25, {2: x0[2]})                                                       # line 3
+    x = odeint(0.25, 0.75, {1: 0.75 * x0[1], **x})                                          # line 4
+    x = odeint(0.75, 1.0, {0: 0.25 * x0[0], **x})                                           # line 5
+    expected = x[0] + up(x[1]) + up(up(x[2]))                                               # line 6
+    drawn, _ = generate(model, noise, y, 'euler', 6)
+    assert_close(drawn, expected)
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_no_solver_calls_the_model_outside_its_segment(method):
+@pytest.mark.parametrize('T', (
+    (),
+    (0.5,),
+    (0.67, 0.33),
+    (0.75, 0.5, 0.25)))
+def test_the_true_velocity_leads_through_training_states_to_the_data(T, method):
+    """One scale is plain flow matching. The lines are straight, so that every solver is exact."""
+    x1, x0 = torch.randn(2, 3, 2, 16, 16).double()
+    line = lines(x1, x0, T)
+
+    def velocity(x_t, t):
+        v = {}
+        for k in x_t:
+            state, v[k] = line(k, t)
+            close(x_t[k], state)
+        return v
+
+    x, _ = generate(Oracle(T, velocity), x0, method=method, steps=8)
+    close(x, x1)
+
+
+def covariance(x):
+    """Of what is linear in independent factors, from its values at each of them."""
+    x = x.flatten(1)
+    return x.T @ x
+
+
+def test_samples_and_every_handover_have_the_training_covariance():
+    """Where a scale joins, at every step and at the end.
+
+    The images are Gaussian, and neighbours in them correlate by 0.8. Their best velocity is the
+    mean of u_t given x_t. All is linear in 128 factors, 64 of the images and 64 of the noise.
     """
-    Small velocities make dopri5's first probe reach far; every call must still be one that training has seen.
-    """
-    oracle = Oracle(lambda k, x, t: 1e-3 * x * (1 + t.view(-1, 1, 1, 1)), (0.67, 0.33))
-    _, nfe = generate(oracle, torch.randn(2, 1, 8, 8), method=method, steps=9, tol=1e-4)
-    assert all(oracle.segments()) and nfe == len(oracle.calls)
-    for segment, (low, high) in zip(oracle.segments(), ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))):
-        for _, t, _ in segment:
-            assert np.float32(low) <= t.min() and t.max() <= np.float32(high) and t.shape == (2,)
-        if method == 'dopri5':      # a step ends there: of the calls only the first probe and the last two are
-            at_end = [t[0].item() > high - 1e-6 for _, t, _ in segment]
-            assert at_end[2:] == [False] * (len(segment) - 4) + [True] * 2
+    T = (0.6, 0.3)
+    place = torch.arange(8).double()
+    of_a_row = 0.8 ** (place[:, None] - place).abs()
+    root = torch.linalg.cholesky(torch.kron(of_a_row, of_a_row))
+    images = root.T.reshape(64, 1, 8, 8)
+    noise = torch.eye(64).double().view(64, 1, 8, 8)
+    zero = torch.zeros_like(noise)
+    line = lines(torch.cat([images, zero]), torch.cat([zero, noise]), T)
+
+    def flat(x_t):
+        return torch.cat([x.flatten(1) for x in x_t.values()], dim=1)
+
+    def states(scales, t):
+        return flat({k: line(k, t)[0] for k in scales})
+
+    def velocity(x_t, t):
+        factors = flat(x_t) @ torch.linalg.pinv(states(x_t, t), rtol=1e-6)
+        v = {}
+        for k in x_t:
+            _, u = line(k, t)
+            v[k] = (factors @ u.flatten(1)).view_as(x_t[k])
+        return v
+
+    oracle = Oracle(T, velocity)
+    x, _ = generate(oracle, noise, method='rk4', steps=60)
+    close(covariance(x), covariance(images), atol=1e-3)
+    for x_t, t in oracle.calls[::4]:        # rk4 has four, the first at the start of the step
+        expected = covariance(states(x_t, t))
+        close(covariance(flat(x_t)), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize('method, calls', (('euler', 1), ('midpoint', 2), ('heun2', 2), ('rk4', 4)))
-def test_steps_are_shared_in_proportion_to_the_segments(method, calls):
-    oracle = Oracle(lambda k, x, t: -x, (0.67, 0.33))
-    _, nfe = generate(oracle, torch.randn(1, 1, 8, 8), method=method, steps=100)
-    counts = [len(segment) for segment in oracle.segments()]
-    assert nfe == 100 * calls and counts == [33 * calls, 34 * calls, 33 * calls]
+# -------------------------------------------------------------------------------------------------
+# ODEINT
 
 
-def test_every_segment_has_a_step():
-    """With fewer steps than segments, and for a segment of less than half a step."""
-    for T, steps, expected in (((0.67, 0.33), 1, 3), ((0.9,), 4, 5)):
-        oracle = Oracle(lambda k, x, t: -x, T)
-        assert generate(oracle, torch.randn(1, 1, 8, 8), method='euler', steps=steps)[1] == expected
-        assert len(oracle.segments()) == len(T) + 1 and all(oracle.segments())
+@pytest.mark.parametrize('method, order, calls', (
+    ('euler', 1, 1),
+    ('midpoint', 2, 2),
+    ('heun2', 2, 2),
+    ('rk4', 4, 4)))
+def test_twice_the_steps_divide_the_error_by_two_to_the_order(method, order, calls):
+    """dx/dt = -2 t x^2, whose solution is x0 / (1 + x0 t^2)."""
+    oracle = Oracle((), lambda x_t, t: {0: -2 * t * x_t[0] ** 2})
+    x0 = torch.linspace(0.5, 2, 64).double().view(1, 1, 8, 8)
+    errors = []
+    for steps in (32, 64):
+        x, nfe = generate(oracle, x0, method=method, steps=steps)
+        assert nfe == steps * calls
+        error = x - x0 / (1 + x0)
+        errors.append(error.abs().max())
+    found = math.log2(errors[0] / errors[1])
+    assert abs(found - order) < 0.15
 
 
-def test_solvers_solve_the_same_ode():
-    x0, exact = torch.randn(2, 1, 8, 8), None
-    for method in METHODS:
-        oracle = Oracle(lambda k, x, t: torch.sin(3 * x) + t.view(-1, 1, 1, 1), (0.5,))
-        x, _ = generate(oracle, x0, method=method, steps=400, tol=1e-5)
-        exact = x if exact is None else exact
-        torch.testing.assert_close(x, exact, atol=0.03 if method == 'euler' else 1e-3, rtol=0)     # euler: first order
+def swing(x_t, t):
+    """dx/dt = x cos 20 t, whose solution is x0 exp(sin(20 t) / 20)."""
+    factor = torch.cos(20 * t)
+    return {k: factor * x_t[k] for k in x_t}
 
 
-def test_guidance_acts_on_every_channel_and_counts_a_pair_of_calls_once():
-    def v(k, x, t):
-        labels = oracle.calls[-1][2]
-        y = (torch.tensor([5, 5]) if labels is None else labels).double().view(-1, 1, 1, 1)
-        return (10 * y + torch.arange(4.0).view(1, 4, 1, 1) * (y == 5)).expand_as(x)
-    oracle = Oracle(v, (), n_classes=5)
-    x0, y = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
-    x, nfe = generate(oracle, x0, y, method='euler', steps=2, cfg=3.0)
-    null = 50 + torch.arange(4.0, dtype=torch.float64)
-    for i, label in enumerate((1, 3)):
-        expected = x0[i] + (null + 3 * (10 * label - null)).view(4, 1, 1)
-        torch.testing.assert_close(x[i], expected, atol=1e-5, rtol=0)
-    assert nfe == 2 and [labels is None for _, _, labels in oracle.calls] == [False, True] * 2
-    assert oracle.calls[0][2].tolist() == [1, 3]
+def test_the_tolerance_is_relative_for_large_states_and_absolute_for_small_ones():
+    nfe = []
+    for x0, tol in ((1e9, 1e-3), (1e-2, 1e-6), (1e9, 1e-6), (1e6, 1e-6)):
+        noise = torch.full((1, 1, 8, 8), x0).double()
+        x, n = generate(Oracle((), swing), noise, tol=tol)
+        nfe.append(n)
+    loose, small, large, medium = nfe
+    assert large == medium
+    assert large > 2 * loose
+    assert large > 2 * small
+    exact = math.exp(math.sin(20) / 20)
+    assert (x / x0 - exact).abs().max() < 1e-5
 
 
-def test_cfg_1_is_the_conditional_model_and_cfg_0_the_unconditional_one():
-    model, y = small(double=False, size=8, T=(0.5,)), torch.tensor([0, 3])
-    x0 = torch.randn(2, 3, 8, 8)
-    sample = lambda **args: generate(model, x0, method='midpoint', steps=4, **args)[0]
-    torch.testing.assert_close(sample(y=y, cfg=1.0), sample(y=y, cfg=1 + 1e-7), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sample(y=y, cfg=0.0), sample(), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(sample(y=y, cfg=0.0), sample(y=y, cfg=1.0), atol=1e-2)
+@pytest.mark.parametrize('T, steps, finest', (
+    ((0.67, 0.33), 5, [2, 2, 1, 0, 0]),
+    ((0.9, 0.5), 4, [2, 2, 1, 1, 0])))
+def test_each_segment_has_its_share_of_the_steps_and_at_least_one(T, steps, finest):
+    oracle = Oracle(T, swing)
+    generate(oracle, torch.randn(1, 1, 8, 8), method='euler', steps=steps)
+    assert [min(x_t) for x_t, _ in oracle.calls] == finest
 
 
-def test_noise_of_a_sample_depends_on_seed_and_number_alone():
-    together, apart = noise_of(3, range(5, 9), (2, 4, 4)), torch.cat([noise_of(3, [i], (2, 4, 4)) for i in range(5, 9)])
-    assert torch.equal(together, apart)
-    assert len({noise_of(seed, [i], (1,)).item() for seed in range(20) for i in range(20)}) == 400
-    many = noise_of(0, range(2000), (8,)).numpy()
-    # 5 sigma
-    assert abs(many.mean()) < 5 / math.sqrt(many.size) and abs(many.var() - 1) < 5 * math.sqrt(2 / many.size)
+@pytest.mark.parametrize('method', METHODS)
+def test_no_solver_asks_outside_its_segment(method):
+    """Small velocities make dopri5's first trial reach far."""
+    oracle = Oracle((0.67, 0.33), lambda x_t, t: {k: x_t[k] / 1000 for k in x_t})
+    generate(oracle, torch.randn(2, 1, 8, 8), method=method, steps=9)
+    times = np.float32(oracle.config.times)
+    for x_t, t in oracle.calls:
+        k = min(x_t)
+        assert times[k + 1] <= t.item() <= times[k]
 
 
-def test_pixels_are_rounded_once_and_clipped():
-    grey = torch.arange(256.0) / 127.5 - 1
-    assert to_uint8(grey.view(1, 1, 16, 16)).flatten().tolist() == list(range(256))
-    assert to_uint8(torch.tensor([-7.0, 7.0, 0.4 / 127.5 - 1]).view(3, 1, 1, 1)).flatten().tolist() == [0, 255, 0]
+def test_a_velocity_that_is_not_finite_is_an_error_at_its_time():
+    """One number of one scale is enough."""
+    def velocity(x_t, t):
+        v = swing(x_t, t)
+        if t > 0.65:
+            v[1][0, 0, 2, 3] = math.inf
+        return v
+
+    oracle = Oracle((0.5,), velocity)
+    with pytest.raises(FloatingPointError, match='t = 0.700'):
+        generate(oracle, torch.randn(2, 1, 8, 8), method='euler', steps=10)
+
+
+# -------------------------------------------------------------------------------------------------
+# Guidance, noise, labels, pixels
+
+
+@pytest.mark.parametrize('cfg', (0, 1, 1.5))
+def test_guidance_acts_on_every_channel_and_a_pair_counts_once(cfg):
+    """It is v_null + cfg (v_y - v_null), here in one step of Euler's method from 0 to 1."""
+    model = network(())
+    x0 = torch.randn(2, 4, 16, 16)
+    y = torch.tensor([1, 4])
+    t = torch.zeros(2)
+    v = model({0: x0}, t, y)[0]
+    v_null = model({0: x0}, t)[0]
+    x, nfe = generate(model, x0, y, 'euler', 1, cfg=cfg)
+    assert_close(x, x0 + v_null + cfg * (v - v_null))
+    assert nfe == 1
+
+
+def test_noise_is_standard_normal_and_depends_on_seed_and_number_alone():
+    index = range(5, 9)
+    shape = (2, 4, 4)
+    together = noise_of(3, index, shape)
+    alone = [noise_of(3, [i], shape) for i in index]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.isin(together, noise_of(4, index, shape)).any()
+    noise = noise_of(0, range(500), shape)
+    # Within 5 standard errors, which 1 seed in 900,000 would miss
+    assert abs(noise.mean()) < 5 / math.sqrt(16_000)
+    assert abs(noise.var() - 1) < 5 * math.sqrt(2 / 16_000)
+
+
+def test_samples_go_through_the_classes_in_turn():
+    assert labels_of(range(4, 9), [7, 2, 3]).tolist() == [2, 3, 7, 2, 3]
+
+
+def test_pixels_are_rounded_and_clipped():
+    grey = torch.tensor([-300, 0, 0.4, 0.6, 255, 300])
+    x = grey / 127.5 - 1
+    pixels = to_uint8(x.view(1, 6, 1, 1))
+    assert pixels.tolist() == [[[[0, 0, 0, 1, 255, 255]]]]
 
 
 @pytest.mark.parametrize('channels', (1, 3))
@@ -204,7 +269,155 @@ def test_a_grid_has_ten_images_to_a_row_and_black_after_the_last(channels, tmp_p
     images = np.random.default_rng(0).integers(1, 256, (23, 4, 5, channels), np.uint8)
     save_grid(tmp_path / 'grid.png', images)
     picture = np.asarray(Image.open(tmp_path / 'grid.png'))
-    assert picture.shape == ((12, 50) if channels == 1 else (12, 50, 3))
+    rows = picture.reshape(3, 4, 10, 5, channels)
     for i in range(30):
-        cell = picture[i // 10 * 4:i // 10 * 4 + 4, i % 10 * 5:i % 10 * 5 + 5].reshape(4, 5, channels)
-        assert np.array_equal(cell, images[i]) if i < 23 else not cell.any()
+        cell = rows[i // 10, :, i % 10]
+        expected = images[i] if i < 23 else 0 * cell
+        assert np.array_equal(cell, expected)
+
+
+# -------------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture
+def draw(run, trained, tmp_path):
+    """draw('--key=value', ...) -> the arrays of an .npz of samples, and what was printed."""
+    def draw(*args):
+        defaults = f'--ckpt={trained}/ckpt.pt', '--num_samples=12', '--device=cpu'
+        printed, message = run('sample.py', *defaults, f'--out={tmp_path}/x.npz', *args)
+        assert message == ''
+        with np.load(tmp_path / 'x.npz') as arrays:
+            return dict(arrays), printed
+
+    return draw
+
+
+def grey_levels(a, b):
+    """The largest difference."""
+    return np.abs(a.astype(int) - b).max()
+
+
+@pytest.mark.parametrize('args, solver, words', (
+    ([],
+     ('euler', 4, 0, 2),
+     'euler, 4 steps, NFE 4.0'),
+    (['--method=dopri5', '--tol=0.1', '--cfg=1'],
+     ('dopri5', 0, 0.1, 1),
+     'dopri5, tol 0.1, NFE')))
+def test_samples_are_the_emas_by_the_checkpoints_solver_unless_told(args, solver, words, trained,
+                                                                    draw):
+    checkpoint = load(trained)
+    model = LapFlow(LapFlowConfig(**checkpoint['model_args']))
+    model.load_state_dict(checkpoint['ema'])
+    noise = noise_of(3, range(12), (1, 32, 32))
+    y = torch.arange(12) % 10
+    x, _ = generate(model, noise, y, *solver)
+    arrays, printed = draw('--seed=3', *args)
+    assert grey_levels(arrays['arr_0'], to_uint8(x)) <= 1
+    assert np.array_equal(arrays['arr_1'], y)
+    assert f'12 samples, {words}' in printed.splitlines()[-1]
+
+
+def test_batches_and_processes_change_no_pixel_by_more_than_a_grey_level(workplace, trained, draw):
+    whole, _ = draw('--num_samples=7')
+    apart, _ = draw('--num_samples=7', '--batch_size=1')
+    args = f'--ckpt={trained}/ckpt.pt', '--num_samples=7', '--batch_size=2', '--device=cpu'
+    finish(*start_two(workplace, 'sample.py', *args, '--out=two.npz'))
+    for other in (apart, np.load(workplace / 'two.npz')):
+        assert grey_levels(whole['arr_0'], other['arr_0']) <= 1
+        assert other['arr_1'].tolist() == list(range(7))
+    assert not list(workplace.glob('*.npy'))
+
+
+def test_every_form_of_output_has_the_same_images(draw, trained, run, tmp_path):
+    """Without --out they are beside the checkpoint. A folder that holds something is left alone."""
+    arrays, _ = draw()
+    shutil.copy(trained / 'ckpt.pt', tmp_path)
+    args = f'--ckpt={tmp_path}/ckpt.pt', '--num_samples=12', '--device=cpu'
+    out = f'--out={tmp_path}/folder/'
+    assert run('sample.py', *args)[1] == ''
+    assert run('sample.py', *args, out)[1] == ''
+    save_grid(tmp_path / 'grid.png', arrays['arr_0'])
+    grid = (tmp_path / 'grid.png').read_bytes()
+    assert grid == (tmp_path / 'samples.png').read_bytes()
+    files = sorted(os.listdir(tmp_path / 'folder'))
+    assert files == [f'{i:06}.png' for i in range(12)]
+    for file, image in zip(files, arrays['arr_0']):
+        picture = np.asarray(Image.open(tmp_path / 'folder' / file))
+        assert np.array_equal(picture, image[:, :, 0])
+    assert 'folder/ is not empty' in run('sample.py', *args, out)[1]
+
+
+@pytest.mark.parametrize('cls, label', (
+    ('cat', 0),
+    ('2', 1),
+    ('3', 3)))
+def test_a_class_is_given_by_its_name_or_else_by_its_number(cls, label, trained, draw, tmp_path):
+    checkpoint = load(trained)
+    checkpoint['data']['classes'] = ['cat', '2', *'bcdefghi']
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    named, _ = draw(f'--ckpt={tmp_path}/ckpt.pt', f'--cls={cls}')
+    numbered, _ = draw(f'--cls={label}')
+    assert named['arr_1'].tolist() == [label] * 12
+    assert np.array_equal(named['arr_0'], numbered['arr_0'])
+
+
+def test_latents_are_decoded_by_the_vae_where_it_is_now(trained, vae_folder, draw, tmp_path):
+    """By hand that is vae.decode(latents / scaling factor). Without classes there are no labels."""
+    from diffusers import AutoencoderKL
+    model = network((0.5,), n_classes=0)
+    checkpoint = load(trained)
+    checkpoint['ema'] = None
+    checkpoint['model'] = model.state_dict()
+    checkpoint['model_args'] = vars(model.config)
+    checkpoint['data'] = dict(size=16, channels=4, image_size=32, classes=[], vae='gone',
+                              scaling_factor=0.7)
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    arrays, _ = draw(f'--ckpt={tmp_path}/ckpt.pt', f'--vae={vae_folder}', '--cfg=1')
+    x, _ = generate(model, noise_of(0, range(12), (4, 16, 16)), None, 'euler', 4)
+    vae = AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False)
+    pixels = vae.decode(x / 0.7).sample.detach() * 127.5 + 127.5
+    pixels = pixels.clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert list(arrays) == ['arr_0']
+    assert grey_levels(arrays['arr_0'], pixels) <= 1
+
+
+@pytest.mark.parametrize('method', ('euler', 'dopri5'))
+def test_bfloat16_is_for_solvers_with_fixed_steps(method, draw):
+    args = f'--method={method}', '--tol=0.1'
+    full, _ = draw(*args)
+    half, _ = draw(*args, '--dtype=bfloat16')
+    equal = np.array_equal(full['arr_0'], half['arr_0'])
+    assert equal == (method == 'dopri5')
+    assert grey_levels(full['arr_0'], half['arr_0']) < 30
+
+
+@pytest.mark.parametrize('arg, words', (
+    ('--vae=somewhere', 'it has no VAE'),
+    ('--ckpt=cut.pt', 'is no checkpoint of this train.py, or is damaged'),
+    ('--ckpt=other.pt', 'is of another model than this LapFlow'),
+    ('--ckpt=undropped.pt', 'train with label_drop, or --cfg=1'),
+    ('--ckpt=diverged.pt', 'the samples cannot be drawn'),
+    ('--cls=10', 'number below 10'),
+    ('--cls=cat', 'name of a class'),
+    ('--num_samples=0', 'at least 1'),
+    ('--batch_size=0', 'at least 1'),
+    ('--steps=0', 'at least 1'),
+    ('--tol=0', 'tol must be more than 0'),
+    ('--method=bosh3', "one of ('dopri5', 'euler', 'midpoint', 'heun2', 'rk4')"),
+    ('--out=x.jpg', 'NAME.png, NAME.npz or NAME/'),
+    ('--out=folder.png', 'folder.png is a folder')))
+def test_what_cannot_be_drawn_ends_with_a_sentence(arg, words, trained, workplace, run):
+    whole = (trained / 'ckpt.pt').read_bytes()
+    (workplace / 'cut.pt').write_bytes(whole[:100_000])
+    (workplace / 'folder.png').mkdir(exist_ok=True)
+    checkpoint = load(trained)
+    torch.save(checkpoint | dict(model_args=dict(variant='')), workplace / 'other.pt')
+    checkpoint['ema']['t_embed.0.bias'] += math.nan
+    torch.save(checkpoint, workplace / 'diverged.pt')
+    checkpoint['config']['label_drop'] = 0.0
+    torch.save(checkpoint, workplace / 'undropped.pt')
+    _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', '--out=bad.png', arg)
+    assert words in message and '\n' not in message
+    assert not (workplace / 'bad.png').exists()

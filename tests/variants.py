@@ -20,6 +20,7 @@ import math
 import os
 import runpy
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -273,10 +274,25 @@ def apply(variant):
         model.stage_times = pyramidal_times
 
 
+@contextmanager
+def in_place(variant):
+    """A variant, '' for none, in place in module model, then what was there. Yields its field."""
+    before, applied = dict(vars(model)), VariantConfig.applied
+    try:
+        if variant:
+            apply(variant)
+        yield dict(variant=variant) if variant else {}
+    finally:
+        vars(model).update(before)
+        VariantConfig.applied = applied
+
+
 if __name__ == '__main__':
     check(len(sys.argv) > 2, 'give a variant and a script, such as mask=none train.py')
     variant = ','.join(sorted(sys.argv[1].split(',')))
     apply(variant)
     sys.argv = sys.argv[2:]
+    script = os.path.join(ROOT, sys.argv[0])
+    sys.path.insert(0, os.path.dirname(script))     # where Python looks first when it runs it
     # The script finds `variant` among its variables: so it is a setting, as its model's fields are
-    runpy.run_path(os.path.join(ROOT, sys.argv[0]), dict(variant=variant), run_name='__main__')
+    runpy.run_path(script, dict(variant=variant), run_name='__main__')

@@ -1,20 +1,21 @@
 """What only a GPU can show, in nine minutes on one H100 or H200.
 
-    python tests/gpu.py                                         # all parts, the most valuable first
-    python tests/gpu.py --parts=speed-L,profile                 # some
-    python tests/gpu.py --parts=evidence                        # goes on where the last call stopped
-    python tests/gpu.py --device=cpu --small=True --results=X   # the rehearsal: all of it, small, on a CPU
-    python tests/gpu.py --tables=True                           # writes the results into the documents
+    python tests/experiments/gpu.py                             # all parts, most valuable first
+    python tests/experiments/gpu.py --parts=speed-L,profile     # some
+    python tests/experiments/gpu.py --parts=evidence            # goes on where it stopped
+    python tests/experiments/gpu.py --tables=True               # writes results into the documents
+    python tests/experiments/gpu.py --device=cpu --small=True   # the rehearsal on a CPU: all, small
 
-Every part runs in a process of its own, with its own limit of time, and writes each row to RESULTS/PART.json at once:
-so a part that fails or is cut loses nothing else. The part 'evidence' needs data/fashion, or the four .gz files of
-Fashion-MNIST in downloads/. Checkpoints stay in out_dir.
+Every part runs in a process of its own, with its own limit of time, and writes each row to
+RESULTS/PART.json at once: so a part that fails or is cut loses nothing else. The part 'evidence'
+needs data/fashion, or the four .gz files of Fashion-MNIST in downloads/. Checkpoints stay in
+out_dir. The rehearsal keeps all in out-rehearsal/, apart from what was measured.
 """
 import json
 import os
 import re
-import signal
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,26 +29,27 @@ import numpy as np
 import torch
 from torch.profiler import profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from bench import (Trainer, hardware, interleaved, matmul_ceiling, measured_peak, packed_flops,  # noqa: E402
+from project import ROOT
+import model
+from bench import (Trainer, hardware, interleaved, matmul_ceiling, measured_peak, packed_flops,
                    peak_memory, synchronize, trajectory_average)
-import model  # noqa: E402
-from compare import THREE, TWO, in_place, write_json  # noqa: E402
-from configurator import autocast_for, check, configure, launch  # noqa: E402
-from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages  # noqa: E402
-from sample import generate, load_checkpoint, load_model, noise_of  # noqa: E402
+from compare import THREE, TWO, write_json
+from configurator import autocast_for, check, configure, launch
+from model import LapFlow, LapFlowConfig, multiscale_loss, packed_stages
+from sample import generate, load_checkpoint, load_model, noise_of
+from variants import in_place
 
 DITS = {'B': dict(width=768, depth=12, heads=12), 'L': dict(width=1024, depth=24, heads=16),
         'XL': dict(width=1152, depth=28, heads=16)}
 TINY = dict(width=32, depth=2, heads=2)         # for the rehearsal
+HERE = ROOT / 'tests/experiments'
 
 
 def record(table, **row):
     """Prints a row of a table of the documents, and appends it to the part's file."""
-    print(f'{part}:', json.dumps(row), flush=True)
     result['rows'].append(dict(table=table, row=row))
     write_json(file, result)
+    print(f'{part}:', json.dumps(row), flush=True)
 
 
 def check_that(claim, value, bound):
@@ -120,7 +122,7 @@ def numbers():
 
 
 def scripts():
-    from test_fid import random_inception
+    from test_fid import Oracle
     steps = 6 if small else 60
     tiny = ['config/digits.py', *flags(width=64, depth=2, heads=2, max_iters=steps, eval_interval=steps // 2,
                                        log_interval=2, sample_images=10, eval_images=60, dtype='float32',
@@ -147,7 +149,7 @@ def scripts():
     check_that('one process of torchrun (NCCL on a GPU): the same weights', found, 1e-3)
 
     n, samples, fids = 20 if small else 2000, {}, {}
-    for where, count in ((device, n), ('cpu', 20)):
+    for where, count in {device: n, 'cpu': 20}.items():
         npz = f'{out_dir}/{where}.npz'
         _, seconds = run(f'{ROOT}/sample.py', *flags(ckpt=f'{out_dir}/whole/ckpt.pt', num_samples=count, out=npz,
                                                      device=where))
@@ -157,8 +159,10 @@ def scripts():
     found = np.abs(samples[device] - samples['cpu'])
     check_that('20 samples are those of the CPU: mean difference in grey levels (TF32)', found.mean(), 0.5)
 
-    torch.save(random_inception(16 if small else 1).state_dict(), f'{out_dir}/inception.pth')
     images = np.load(f'{out_dir}/{device}.npz')['arr_0']
+    inception = Oracle(16 if small else 1)
+    inception(images[:1].repeat(3, axis=3))     # makes its layers, with random weights
+    torch.save(inception.weights(), f'{out_dir}/inception.pth')
     for where, count in {(device, 20), ('cpu', 20), (device, n)}:
         np.savez(f'{out_dir}/a.npz', 255 - images[:count])
         np.savez(f'{out_dir}/b.npz', images[:count])
@@ -197,12 +201,13 @@ def speed(name, size=32, T=(0.5,), B=256, micro=32, padded=True, run_of=None):
     """Whole steps of LapFlow, the single scale, and LapFlow under a dense mask, compiled; and peak memory."""
     shape, repeats, calls = DITS[name], 3, 3
     if small:
-        shape, size, B, micro, repeats, calls = TINY, size // 4, 12, 6, 1, 1
+        shape, size, B, micro, repeats, calls = TINY, 8, 12, 6, 1, 1
     base = dict(size=size, channels=4, patch=2, **shape)
     how = dict(compiled=backend, parts=B // micro)
     ours, single = LapFlowConfig(**base, T=T), LapFlowConfig(**base, T=())
-    pool = ProcessPoolExecutor(2, get_context('spawn'))     # the estimates are made meanwhile, on the CPU
-    estimates = [pool.submit(peak_memory, ours, micro, blocks) for blocks in (False, True)]
+    both = (False, True)    # checkpoint_blocks
+    estimate = map if small else ProcessPoolExecutor(2, get_context('spawn')).map   # meanwhile
+    estimates = estimate(peak_memory, [ours] * 2, [micro] * 2, both)
     steps = {'LapFlow': Trainer(ours, B, device, **how), 'single scale': Trainer(single, B, device, **how)}
     if padded:
         steps['LapFlow, padded, dense mask'] = Trainer(ours, B, device, 'padded', weights_of=steps['LapFlow'], **how)
@@ -218,13 +223,13 @@ def speed(name, size=32, T=(0.5,), B=256, micro=32, padded=True, run_of=None):
         if run_of and variant == 'LapFlow':
             record('runs', config=run_of, **{'images/s of one GPU': f'{rate:.0f}', 'micro-batch': micro})
     del steps
-    for blocks, estimate in zip((False, True), estimates):      # eager, as is estimated
+    for blocks, estimated in zip(both, estimates):      # eager, as is estimated
         measured = measured_peak(lambda: Trainer(ours, 2 * micro, device, checkpoint_blocks=blocks, parts=2), device)
         with torch.device('meta'):
             ema = sum(4 * p.numel() for p in LapFlow(ours).parameters()) / 2 ** 30
         record('memory', network=f'DiT-{name}/2, {size} grid, T = {T}', **{
             'images': micro, 'checkpoint_blocks': blocks, 'peak, measured, GiB': f'{measured:.3g}',
-            'estimated': f'{estimate.result() + ema:.3g}'})
+            'estimated': f'{estimated + ema:.3g}'})
 
 
 def sampling():
@@ -308,13 +313,16 @@ def evidence():
     """Fashion-MNIST at equal training FLOPs, larger than a CPU could: compare.py, point after point."""
     dataset = 'digits' if small else 'fashion'
     if not small and not os.path.exists('data/fashion'):
-        run(f'{ROOT}/tests/fashion.py', '--source=downloads')
+        run(f'{HERE}/fashion.py', '--source=downloads')
     settings = flags(dataset=dataset, out_dir=f'{out_dir}/evidence', patch=4 if small else 2,
                      num_samples=50 if small else 2000, **(TINY if small else dict(width=384, depth=12, heads=6)),
                      extra=f'--device={device}' + ('' if small else ' --compile=True'))
+    systems = ('lapflow', 'single scale', 'edify', 'pyramidal', 'image tokens')
+    if small:
+        systems = ('edify',)
     for point in (3,) if small else (500, 1000, 2000, 4000, 8000):
-        for system in ('edify', 'lapflow') if small else ('lapflow', 'single scale', 'edify', 'pyramidal', 'image tokens'):
-            run(f'{ROOT}/tests/compare.py', *settings, f'--only={system}', f'--points={point}')
+        for system in systems:
+            run(f'{HERE}/compare.py', *settings, f'--only={system}', f'--points={point}')
             saved = json.loads(Path(f'{out_dir}/evidence/{system.replace(" ", "-")}-0.json').read_text())
             row = next(row for row in saved['rows'] if row['point'] == point)
             record('evidence', system=system, **{'point': point, 'iterations': row['iterations'],
@@ -333,6 +341,7 @@ TABLES = {      # table: the parts that fill it
     'checks': 'numbers scripts', 'figures': 'scripts quickstart sampling', 'speed': 'speed-L speed-B speed-XL speed-128',
     'runs': 'speed-L speed-B speed-XL speed-128', 'memory': 'speed-L speed-B speed-XL speed-128',
     'sampling': 'sampling', 'profile': 'profile', 'evidence': 'evidence'}
+DOCUMENTS = ('tests/experiments/README.md', 'config/README.md')
 
 
 def run_part():
@@ -353,17 +362,19 @@ def run_all(names):
     """Runs parts, each in its own process, until the minutes are over."""
     for name in names:
         left = 60 * minutes - (time.time() - started)
-        if left < 10:
+        if left < 10 and not small:
             print(f'{name}: no time is left')
             continue
+        limit = None if small else min(left, PARTS[name][1])    # a rehearsal may take its time
         command = [sys.executable, __file__, *flags(part=name, device=device, small=small, results=results,
                                                     out_dir=out_dir)]
         job = subprocess.Popen(command, start_new_session=True)     # to be stopped with all that it starts
         try:
-            job.wait(min(left, PARTS[name][1]))
+            job.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
-            print(f'{name}: cut after {min(left, PARTS[name][1]):.0f} s', flush=True)
+            job.wait()      # its memory is free then
+            print(f'{name}: cut after {limit:.0f} s', flush=True)
 
 
 def table(name, folder):
@@ -390,17 +401,19 @@ if __name__ == '__main__':
     device = 'auto'
     small = False           # the rehearsal
     minutes = 9.0
-    results = 'tests/results/gpu'
-    out_dir = 'out-gpu'
+    results = ''            # a folder; '' is results/gpu, or out-rehearsal
+    out_dir = ''            # of checkpoints; '' is out-gpu, or out-rehearsal
     tables = False          # writes the results into the documents
     part = ''               # this process runs one part: gpu.py's own
     configure(globals())
     started = time.time()
+    results = results or ('out-rehearsal' if small else f'{HERE}/results/gpu')
+    out_dir = out_dir or ('out-rehearsal' if small else 'out-gpu')
     names = [name for name in parts.split(',') if name] or list(PARTS)
     for name in names:
         check(name in PARTS, f'there is no part {name!r}: parts takes any of {", ".join(PARTS)}')
     if tables:
-        for document in ('tests/README.md', 'config/README.md'):
+        for document in DOCUMENTS:
             text = (ROOT / document).read_text()
             (ROOT / document).write_text(with_tables(text, results))
     elif part:

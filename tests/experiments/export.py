@@ -1,14 +1,16 @@
 """Makes a small file of a checkpoint: its weights alone, EMA if there is one, in half precision.
 
-    python tests/export.py --ckpt out-fashion/ckpt.pt --out=assets/fashion.pt
+    python tests/experiments/export.py --ckpt out-fashion/ckpt.pt --out=assets/fashion.pt
 
 sample.py draws from it.
 """
 import os
 
 import torch
-from judge import restart_under_variant     # puts the scripts' folder on the path
+
+import project
 from configurator import check, configure, exit_on_error
+from judge import restart_under_variant
 from sample import load_checkpoint
 
 if __name__ == '__main__':

@@ -1,21 +1,21 @@
 """
 Speed and cost, measured.
 
-    python tests/bench.py --ckpt out-digits/ckpt.pt     # a checkpoint's row of the paper's Table 1
-    python tests/bench.py                               # this engine against what it replaces, step for step
-    python tests/bench.py --what=loop                   # what surrounds a step: data, evaluation, checkpoints
-    python tests/bench.py --what=costs                  # Appendix C beside the FLOP counter
-    python tests/bench.py --what=memory                 # which GPU, how long? Computed, for each of the paper's runs
+    python tests/experiments/bench.py --ckpt out-digits/ckpt.pt     # its row of the paper's Table 1
+    python tests/experiments/bench.py                   # this engine against what it replaces
+    python tests/experiments/bench.py --what=loop       # around a step: data, evaluation, saving
+    python tests/experiments/bench.py --what=costs      # Appendix C beside the FLOP counter
+    python tests/experiments/bench.py --what=memory     # which GPU, how long, for the paper's runs?
 
-(tests/gpu.py measures on a GPU.) A multiply-add counts as 2 FLOPs. NFE counts a guided pair of evaluations once. Ratios are of interleaved repeats.
+(gpu.py measures on a GPU.) A multiply-add counts as 2 FLOPs. NFE counts a guided pair of
+evaluations once. Ratios are of interleaved repeats.
 """
 import json
 import math
 import os
 import platform
-import statistics
-import sys
 import runpy
+import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,18 +26,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(HERE), HERE]
-import model  # noqa: E402
-from configurator import autocast_for, check, configure, launch  # noqa: E402
-from data import Dataset, decode, load_vae, training_order  # noqa: E402
-from judge import restart_under_variant  # noqa: E402
-from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss,  # noqa: E402
-                   packed_stages, stage_times, states_and_velocities)
-from sample import check_solver, generate, load_checkpoint, load_model, noise_of  # noqa: E402
+import project
+import model
+from configurator import autocast_for, check, configure, launch
+from data import Dataset, decode, load_vae, training_order
+from judge import restart_under_variant
+from model import (LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss, packed_stages,
+                   stage_times, states_and_velocities)
+from sample import check_solver, generate, load_checkpoint, load_model, noise_of
 
 
 def attention_cost(T):
@@ -294,10 +292,11 @@ def packed_flops(config, B):
 
 def peak_memory(config, images, checkpoint_blocks=False):
     """
-    GiB that a training step (forward, backward, AdamW) of a packed batch needs at its peak, eager, in bfloat16 autocast:
-    of tensors that have shapes, but no memory. Gradients are held throughout, as by a
-    split batch and by torchrun. A GPU's libraries and fragments come on top.
+    GiB that a training step (forward, backward, AdamW) of a packed batch needs at its peak, eager,
+    in bfloat16 autocast: of tensors that have shapes, but no memory. Gradients are held throughout,
+    as by a split batch and by torchrun. A GPU's libraries and fragments come on top.
     """
+    from torch.distributed._tools.mem_tracker import MemTracker     # slow to import
     counts = [int((packed_stages(images, config.K) <= k).sum()) for k in range(config.K)]
     with FakeTensorMode():
         network = LapFlow(config)
@@ -354,7 +353,7 @@ PAPER = {       # config: grid, classes, the paper's days of 8 H200 and GB per G
 def paper_config(name):
     """A config of the paper's runs: its LapFlowConfig and its settings."""
     size, n_classes, _, _ = PAPER[name]
-    settings = runpy.run_path(os.path.join(os.path.dirname(HERE), 'config', f'{name}.py'))
+    settings = runpy.run_path(f'{project.ROOT}/config/{name}.py')
     fields = {key: settings[key] for key in LapFlowConfig.__dataclass_fields__ if key in settings}
     return LapFlowConfig(size=size, n_classes=n_classes, **fields), settings
 

@@ -1,15 +1,15 @@
 """Trains the systems of the paper's Table 1, or ablations, on one dataset, and judges each.
 
-    python tests/compare.py --dataset=fashion                               # the systems, one seed
-    python tests/compare.py --dataset=fashion --seeds=3 --points=500,1000   # three, the beginning
-    python tests/compare.py --only=ablations --points=1000
-    python tests/compare.py --dataset=fashion --only=changes --points=1000  # to image tokens, Edify
+    python tests/experiments/compare.py --dataset=fashion       # the systems, one seed
+    python tests/experiments/compare.py --dataset=fashion --seeds=3 --points=500,1000
+    python tests/experiments/compare.py --only=ablations --points=1000
+    python tests/experiments/compare.py --dataset=fashion --only=changes --points=1000
 
 The learning rate is constant and the EMA is judged: so a short run is the beginning of a long one.
 `points` are LapFlow's iterations; the others train as many as cost the same forward FLOPs of a
 packed batch. At every point the run stops, draws class-conditional samples without guidance, is
-judged by tests/judge.py, and goes on. The same command, with other points if you like, goes on:
-checkpoints stay in out_dir, results in one JSON file per run, for tests/results.
+judged by judge.py, and goes on. The same command, with other points if you like, goes on:
+checkpoints stay in out_dir, results in one JSON file per run, for results/.
 """
 import json
 import os
@@ -17,19 +17,17 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-import model  # noqa: E402
-from bench import packed_flops  # noqa: E402
-from configurator import check, configure, exit_on_error  # noqa: E402
-from data import Dataset  # noqa: E402
-from judge import judged, load_judge, load_samples  # noqa: E402
-from variants import VariantConfig, apply  # noqa: E402
+import project
+import model
+from bench import packed_flops
+from configurator import check, configure, exit_on_error
+from data import Dataset
+from judge import judged, load_judge, load_samples
+from variants import in_place
 
 TWO, THREE, ALL = (0.5,), (0.67, 0.33), 'shared=qkv+proj+ffn+mod'
 # T, and the variant of tests/variants.py if it is one
@@ -57,17 +55,6 @@ TRAINING = ('--batch_size=64 --learning_rate=2e-3 --min_lr=2e-3 --warmup_iters=5
             '--eval_interval=100_000 --log_interval=100 --sample_images=10 --compile=False').split()
 
 
-@contextmanager
-def in_place(variant):
-    """A variant, or '', in module model, then LapFlow again. Yields the field of its config."""
-    lapflow = dict(vars(model))
-    if variant:
-        apply(variant)
-    yield dict(variant=variant) if variant else {}
-    vars(model).update(lapflow)
-    VariantConfig.applied = ''
-
-
 def flops_of(T, variant):
     """Forward FLOPs of a batch of the dataset's images."""
     n_classes = len(data.meta['classes'])
@@ -85,7 +72,9 @@ def write_json(file, content):
 
 def run(script, log, variant, *settings):
     """Runs train.py or sample.py, of LapFlow or a variant; what it prints goes to a log."""
-    command = [ROOT / 'tests/variants.py', variant, script] if variant else [ROOT / script]
+    command = [project.ROOT / script]
+    if variant:
+        command = [project.ROOT / 'tests/variants.py', variant, script]
     with open(log, 'a') as f:
         subprocess.run([sys.executable, '-u', *command, *settings], check=True, stdout=f, stderr=f,
                        env=os.environ | {'OMP_NUM_THREADS': str(threads)})

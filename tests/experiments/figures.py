@@ -1,8 +1,8 @@
 """Makes every figure of the documents in assets/, from the project's own functions.
 
-    python tests/figures.py --ckpt out-digits/ckpt.pt
-    python tests/figures.py --only=packed,attention
-    python tests/figures.py --only=trajectory --ckpt assets/fashion.pt --label=7
+    python tests/experiments/figures.py --ckpt out-digits/ckpt.pt
+    python tests/experiments/figures.py --only=packed,attention
+    python tests/experiments/figures.py --only=trajectory --ckpt assets/fashion.pt --label=7
 
 pyramid.png     a digit, its Laplacian pyramid, and the sum that `reconstruct` makes of it
 timeline.png    when every scale starts (`alpha`, `sigma`), and at which times each stage trains (`stage_times`)
@@ -19,31 +19,26 @@ import io
 import json
 import math
 import os
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from configurator import check, configure  # noqa: E402
-from data import Dataset, decode, load_vae  # noqa: E402
-from judge import restart_under_variant  # noqa: E402
-from model import (LapFlowConfig, alpha, block_causal_attention, laplacian_pyramid, packed_stages,  # noqa: E402
+import project
+from configurator import check, configure
+from data import Dataset, decode, load_vae
+from judge import restart_under_variant
+from model import (LapFlowConfig, alpha, block_causal_attention, laplacian_pyramid, packed_stages,
                    reconstruct, sigma, stage_times)
-from sample import (draw, generate, load_checkpoint, load_model, noise_of, save_grid,  # noqa: E402
-                    to_uint8)
+from sample import draw, generate, load_checkpoint, load_model, noise_of, save_grid, to_uint8
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
-RESULTS = ROOT / 'tests/results'
+RESULTS = project.ROOT / 'tests/experiments/results'
 SOLVER = ('method', 'steps', 'tol', 'cfg')
 WIDTH = 8.5                                     # inches, of 150 pixels: README shows about 100 of them to the inch
 COLOURS = ('#3572b8', '#3f9a54', '#e0872b')     # of the scales, finest first

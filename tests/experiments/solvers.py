@@ -1,29 +1,26 @@
 """Quality against the number of evaluations, of a checkpoint of a dataset of images.
 
-    python tests/solvers.py --ckpt out-digits/ckpt.pt
-    python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --cfg=2 --interval=0.3,0.8
-    python tests/solvers.py --ckpt out-digits/ckpt.pt --runs=euler:40 --project=True
+    python tests/experiments/solvers.py --ckpt out-digits/ckpt.pt
+    python tests/experiments/solvers.py --runs=euler:40 --cfg=2 --interval=0.3,0.8
+    python tests/experiments/solvers.py --runs=euler:40 --project=True
 
-For each of `runs`, METHOD:STEPS or dopri5:TOLERANCE, it draws the same class-conditional samples, float32, and prints
-NFE, seconds, accuracy, Frechet distance, precision and recall (tests/judge.py). Three experiments change the model on
-its way: guidance only at times inside `interval`; velocities of residuals projected onto the space of residuals,
-v - Up(Down(v)); and the coarsest scale held on its path to a held-out image of the class, to see how well the others
-are drawn.
+For each of `runs`, METHOD:STEPS or dopri5:TOLERANCE, it draws the same class-conditional samples,
+float32, and prints NFE, seconds, accuracy, Frechet distance, precision and recall (judge.py). Three
+experiments change the model on its way: guidance only at times inside `interval`; velocities of
+residuals projected onto the space of residuals, v - Up(Down(v)); and the coarsest scale held on its
+path to a held-out image of the class, to see how well the others are drawn.
 """
-import os
-import sys
 import time
 
 import numpy as np
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(HERE, '..'), HERE]
-from configurator import check, configure  # noqa: E402
-from data import Dataset  # noqa: E402
-from judge import judged, load_judge, restart_under_variant  # noqa: E402
-from model import down, laplacian_pyramid, up  # noqa: E402
-from sample import METHODS, generate, load_checkpoint, load_model, noise_of, to_uint8  # noqa: E402
+import project
+from configurator import check, configure
+from data import Dataset
+from judge import judged, load_judge, restart_under_variant
+from model import down, laplacian_pyramid, up
+from sample import METHODS, generate, load_checkpoint, load_model, noise_of, to_uint8
 
 
 class Changed(torch.nn.Module):

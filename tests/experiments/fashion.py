@@ -3,20 +3,19 @@
 They are {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz, which
 https://github.com/zalandoresearch/fashion-mnist links: 70,000 grey pictures of clothes, 28 x 28, MIT licence.
 
-    python tests/fashion.py --source=DOWNLOADS
+    python tests/experiments/fashion.py --source=DOWNLOADS
 
 The pictures get a border of 2 black pixels: 32 x 32. The 10,000 of the test set, t10k, are held out.
 """
 import gzip
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import check, configure, exit_on_error  # noqa: E402
+import project
+from configurator import check, configure, exit_on_error
 
 CLASSES = ['t-shirt', 'trousers', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot']
 

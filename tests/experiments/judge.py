@@ -1,7 +1,7 @@
 """Judges samples of a dataset: a small CNN reads them, trained once, kept as data/judge-NAME.pt.
 
     python sample.py --ckpt out-digits/ckpt.pt --cfg=1 --num_samples=2000 --out=X.npz
-    python tests/judge.py --samples=X.npz
+    python tests/experiments/judge.py --samples=X.npz
 
 Prints its own held-out accuracy and, of each file, the share of the samples that it reads as their labels; the Frechet
 distance, precision and recall (k = 3) between its 128 features of the samples and of as many training images. The same
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from configurator import configure, exit_on_error  # noqa: E402
-from data import Dataset  # noqa: E402
-from fid import frechet_distance, mean_and_covariance, precision_recall  # noqa: E402
-from model import LapFlowConfig  # noqa: E402
+import project
+from configurator import configure, exit_on_error
+from data import Dataset
+from fid import frechet_distance, mean_and_covariance, precision_recall
+from model import LapFlowConfig
 
 
 class Judge(nn.Module):
@@ -92,9 +92,9 @@ def restart_under_variant(ckpt):
     with exit_on_error(f'{ckpt!r} is not a checkpoint'):
         args = torch.load(ckpt, map_location='cpu', weights_only=True, mmap=True)['model_args']
     if 'variant' in args and 'variant' not in LapFlowConfig.__dataclass_fields__:
-        here = os.path.dirname(os.path.abspath(__file__))
-        script = [f'{here}/variants.py', args['variant'], f'tests/{os.path.basename(sys.argv[0])}']
-        raise SystemExit(subprocess.call([sys.executable, *script, *sys.argv[1:]]))
+        tool = f'tests/experiments/{os.path.basename(sys.argv[0])}'
+        command = [f'{project.ROOT}/tests/variants.py', args['variant'], tool, *sys.argv[1:]]
+        raise SystemExit(subprocess.call([sys.executable, *command]))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,238 @@
+"""The method, Sec. 3 and Sec. 4.1 to 4.3, against the paper's formulas as printed."""
+import pytest
+import scipy.stats
+import torch
+from torch.nn.functional import mse_loss
+from torch.testing import assert_close
+
+from model import LapFlowConfig, join
+from model import laplacian_pyramid, reconstruct
+from model import multiscale_loss, packed_stages, stage_times
+from model import state_and_velocity, states_and_velocities
+
+pytestmark = pytest.mark.usefixtures('float64')
+
+# -------------------------------------------------------------------------------------------------
+# Sec. 3: the Laplacian pyramid
+
+
+def Down(x):
+    top, bottom = x[..., ::2, :], x[..., 1::2, :]
+    pairs = (top + bottom) / 2
+    left, right = pairs[..., ::2], pairs[..., 1::2]
+    return (left + right) / 2
+
+
+def Up(x):
+    x = x.repeat_interleave(2, dim=-1)
+    return x.repeat_interleave(2, dim=-2)
+
+
+def test_the_pyramid_is_equation_1():
+    """Eq. (1)."""
+    x = torch.randn(2, 3, 8, 12)
+    fine, middle, coarse = laplacian_pyramid(x, 3)
+    assert_close(coarse, Down(Down(x)))
+    assert_close(middle, Down(x) - Up(coarse))
+    assert_close(fine, x - Up(Down(x)))
+
+
+def test_scales_add_up_by_equation_2():
+    """Eq. (2), of any three tensors: what a network draws need not be residuals."""
+    fine = torch.randn(2, 3, 8, 12)
+    middle = torch.randn(2, 3, 4, 6)
+    coarse = torch.randn(2, 3, 2, 3)
+    x = reconstruct([fine, middle, coarse])
+    assert_close(x, fine + Up(middle) + Up(Up(coarse)))
+
+
+@pytest.mark.parametrize('K', (1, 2, 5))
+def test_the_pyramid_reconstructs_any_image(K):
+    x = torch.randn(2, 3, 32, 48)
+    pyramid = laplacian_pyramid(x, K)
+    widths = [scale.shape[-1] for scale in pyramid]
+    assert widths == [48, 24, 12, 6, 3][:K]
+    assert_close(reconstruct(pyramid), x, rtol=0, atol=1e-14)
+
+
+def residual_covariance(n):
+    """That of white noise, n x n, from which the means of its 2 x 2 patches are taken."""
+    pixel = torch.arange(n * n)
+    row, column = pixel // n, pixel % n
+    patch = row // 2 * n + column // 2
+    together = patch[:, None] == patch
+    return torch.eye(n * n) - together / 4
+
+
+def test_the_noise_of_a_pyramid_has_the_covariance_of_appendix_F2():
+    """In a 2 x 2 patch it is 3/4^k times 1 on the diagonal and -1/3 off it; scales are independent.
+
+    Unit vectors in the place of noise show the covariance exactly. The roots of its diagonal are
+    the standard deviations 0.87, 0.43 and 0.25.
+    """
+    unit = torch.eye(64).view(64, 1, 8, 8)
+    pyramid = laplacian_pyramid(unit, 3)
+    noise = torch.cat([scale.flatten(1) for scale in pyramid], dim=1)
+    covariance = torch.block_diag(
+        residual_covariance(8),
+        residual_covariance(4) / 4,
+        torch.eye(4) / 16)
+    assert_close(noise.T @ noise, covariance)
+    first_pixels = covariance.diag()[[0, 64, 80]]
+    deviations = first_pixels.sqrt()
+    assert deviations.tolist() == pytest.approx([0.87, 0.43, 0.25], abs=0.005)
+
+
+# -------------------------------------------------------------------------------------------------
+# Sec. 4.1: a path for each scale
+
+
+@pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
+def test_a_scale_is_only_noise_at_its_start_and_only_data_at_one(start):
+    """Eq. (3) with Eq. (4a): the two key properties."""
+    x1, x0 = torch.randn(2, 1, 3, 4, 4)
+    begin = torch.tensor([start])
+    end = torch.tensor([1.0])
+    first, _ = state_and_velocity(x1, x0, begin, start)
+    last, _ = state_and_velocity(x1, x0, end, start)
+    assert torch.equal(first, (1 - start) * x0)
+    assert_close(last, x1, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize('start', (0.0, 0.33, 0.67))
+def test_the_velocity_is_the_time_derivative_of_the_state(start):
+    """Eq. (5), by automatic differentiation. Each image has a time of its own."""
+    x1, x0 = torch.randn(2, 7, 3, 4, 4)
+    t = start + (1 - start) * torch.rand(7)
+
+    def state(t):
+        x_t, _ = state_and_velocity(x1, x0, t, start)
+        return x_t
+
+    _, derivative = torch.func.jvp(state, (t,), (torch.ones(7),))
+    _, u_t = state_and_velocity(x1, x0, t, start)
+    assert_close(u_t, derivative)
+
+
+def test_one_scale_is_plain_flow_matching():
+    """With T = () the path is a straight line, and the loss is the mean squared error."""
+    config = LapFlowConfig(T=())
+    x1, x0, v = torch.randn(3, 5, 2, 8, 8)
+    t = torch.rand(5)
+    stage = packed_stages(5, config.K)
+    x_t, u_t = states_and_velocities(x1, x0, t, stage, config)
+    part = t.view(5, 1, 1, 1)
+    assert_close(x_t, {0: part * x1 + (1 - part) * x0})
+    assert_close(u_t, {0: x1 - x0})
+    loss, _ = multiscale_loss({0: v}, u_t, (1.0,), 5)
+    assert_close(loss, mse_loss(v, x1 - x0))
+
+
+# -------------------------------------------------------------------------------------------------
+# Sec. 4.2: stages, and the loss
+
+
+@pytest.mark.parametrize('B, K', (
+    (1, 1),
+    (5, 2),
+    (7, 3),
+    (12, 4),
+    (256, 3)))
+def test_a_batch_is_ordered_by_stage_with_as_many_images_in_each(B, K):
+    stage = packed_stages(B, K).tolist()
+    sizes = [stage.count(s) for s in range(K)]
+    assert len(stage) == sum(sizes) == B
+    assert stage == sorted(stage)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_times_are_uniform_from_the_start_of_the_stage():
+    """Alg. 1, line 6. Kolmogorov-Smirnov tests; the odds of a false alarm are 3 in 10,000."""
+    stage = torch.arange(3).repeat_interleave(4000)
+    uniform = torch.rand(12_000)
+    t = stage_times(stage, uniform, LapFlowConfig(T=(0.67, 0.33)))
+    for s, start in enumerate((0.67, 0.33, 0.0)):
+        drawn = t[stage == s].numpy()
+        interval = start, 1 - start         # scipy wants its first point and its length
+        test = scipy.stats.kstest(drawn, 'uniform', interval)
+        assert test.pvalue > 1e-4
+
+
+@pytest.mark.parametrize('stages', (
+    (0, 0, 0, 1, 1, 2),
+    (0, 0, 2, 2),
+    (1, 2, 2)))
+def test_a_packed_batch_holds_what_algorithm_1_makes_of_each_image(stages):
+    """Alg. 1, lines 5, 7 and 8, for one image after the other. If stages are drawn, some are empty.
+
+    Image i has the scales k >= s, and is the i-th image of each. The finest scale comes first.
+    """
+    T = 1.0, 0.6, 0.25, 0.0
+    config = LapFlowConfig(T=T[1:3])
+    x1, x0 = torch.randn(2, len(stages), 3, 8, 8)
+    t = torch.rand(len(stages))
+    stage = torch.tensor(stages)
+    x_t, u_t = states_and_velocities(x1, x0, t, stage, config)
+    for i, s in enumerate(stages):
+        data = laplacian_pyramid(x1[[i]], 3)
+        noise = laplacian_pyramid(x0[[i]], 3)
+        for k in range(s, 3):
+            rest = 1 - T[k + 1]
+            alpha = (t[i] - T[k + 1]) / rest                        # Eq. (4a)
+            sigma = 1 - t[i]
+            state = alpha * data[k] + sigma * noise[k]              # Eq. (3)
+            velocity = data[k] / rest - noise[k]                    # Eq. (5)
+            assert_close(x_t[k][[i]], state)
+            assert_close(u_t[k][[i]], velocity)
+    scales = list(range(stages[0], 3))
+    counts = [sum(s <= k for s in stages) for k in scales]
+    for batch in (x_t, u_t):
+        assert list(batch) == scales
+        assert [len(x) for x in batch.values()] == counts
+
+
+def test_the_loss_is_equation_7_of_each_image():
+    """Eq. (7), averaged over the images, each with the scales that it has.
+
+    w_k may also be each image's own, as that of the coarsest scale here.
+    """
+    B, counts = 4, {0: 1, 1: 3, 2: 4}
+    weights = (0.5, 2.0, torch.rand(B))
+    v, u = {}, {}
+    for k, n in counts.items():
+        side = 8 // 2 ** k
+        v[k] = torch.randn(n, 3, side, side)
+        u[k] = torch.randn(n, 3, side, side)
+    loss, errors = multiscale_loss(v, u, weights, B)
+    expected = 0
+    for k, n in counts.items():
+        assert len(errors[k]) == n
+        for i in range(n):
+            error = mse_loss(v[k][i], u[k][i])
+            assert_close(errors[k][i], error)
+            w = weights[k]
+            if k == 2:
+                w = w[i]
+            expected += w * error / B
+    assert_close(loss, expected)
+
+
+# -------------------------------------------------------------------------------------------------
+# Sec. 4.3: how a scale joins the sampler
+
+
+def test_a_scale_joins_as_the_noise_that_it_was_trained_on():
+    """Alg. 2, lines 3 to 5: that is sigma at its start times its noise. The others stay."""
+    config = LapFlowConfig(T=(0.75, 0.25))
+    noise = laplacian_pyramid(torch.randn(2, 3, 8, 8), 3)
+    middle = torch.randn(2, 3, 4, 4)
+    coarse = torch.randn(2, 3, 2, 2)
+    scales = {
+        2: ({}, 1.0),
+        1: ({2: coarse}, 0.75),
+        0: ({1: middle, 2: coarse}, 0.25)}
+    for k, (before, sigma) in scales.items():
+        after = join(before, k, noise, config)
+        assert list(after) == [k, *before]
+        expected = {k: sigma * noise[k]} | before
+        assert_close(after, expected, rtol=0, atol=0)
