@@ -78,11 +78,11 @@ def test_a_part_that_fails_or_is_cut_loses_nothing_else(workplace, tmp_path, mon
 
 def test_attention_costs_appendix_C():
     """Eq. (11) and Eq. (12): pairs of tokens, counted on paper, as shares of a single scale's."""
-    assert attention_cost((0.5,)) == (26 / 32, 22 / 32)
+    assert attention_cost((0.75,)) == (28 / 64, 24 / 64)
     assert attention_cost((2 / 3, 1 / 3)) == pytest.approx((467 / 768, 379 / 768))
     shape = dict(width=8, depth=1, heads=1, size=256)
-    ours, single = (trajectory_average(LapFlowConfig(T=T, **shape)) for T in ((0.5,), ()))
-    assert ours[1] / single[1] == pytest.approx(22 / 32, abs=1e-3)      # for the token of t
+    ours, single = (trajectory_average(LapFlowConfig(T=T, **shape)) for T in ((0.75,), ()))
+    assert ours[1] / single[1] == pytest.approx(24 / 64, abs=1e-3)      # for the token of t
 
 
 def test_the_estimate_of_memory_is_near_what_a_step_takes():
@@ -133,7 +133,7 @@ def test_a_run_judged_on_its_way_is_the_run_straight_to_its_end(workplace, run):
     rows, message = compare('out-curve', '--points=2,4,3')
     assert [row['point'] for row in rows] == [2, 4] and rows[1] == straight
     assert 'is at iteration 5, not 4' in message        # which are those of points 4 and 3
-    _, message = run('tests/experiments/compare.py', '--out_dir=out-curve')
+    _, message = run('tests/experiments/compare.py', '--dataset=none', '--out_dir=out-curve')
     assert 'width is 32 there and 128 here' in message
 
 
@@ -148,7 +148,7 @@ def test_an_exported_checkpoint_is_small_and_draws_the_same(workplace, run):
         images.append(np.load(workplace / 'x.npz')['arr_0'].astype(int))
     assert abs(images[0] - images[1]).max() <= 2 and images[0].std() > 1
     half, whole = ((workplace / file).stat().st_size for file in ('half.pt', 'out-image/ckpt.pt'))
-    assert half < whole / 4         # of 16 bytes a weight 2 are left
+    assert half < whole / 6         # of 16 bytes a weight 2 are left
 
 
 def test_an_export_does_not_replace_its_own_checkpoint(trained, run):

@@ -8,8 +8,9 @@ pyramid.png     a digit, its Laplacian pyramid, and the sum that `reconstruct` m
 timeline.png    when every scale starts (`alpha`, `sigma`), and at which times each stage trains (`stage_times`)
 attention.png   which token moves which, found by perturbing each, and the calls that `block_causal_attention` makes
 packed.png      a packed batch (`packed_stages`) beside a padded one
-trajectory.png  a sample of any checkpoint through time, by Euler steps; trajectory.gif has the same frames
+trajectory.png  a sample of any checkpoint through time, by Euler steps; trajectory.gif, which moves, has all of them
 digits.png      100 guided digits, as in samples.png
+curve.png       the loss of a checkpoint's log.csv
 details.png     README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
@@ -236,17 +237,29 @@ def trajectory():
     columns += [joined([words(96, 18, f't = {t:.1f}'), *cells(x, 96)], 0) for t, x in frames]
     Image.fromarray(joined(columns, 1)).save(f'{out}/trajectory.png', optimize=True)
     pages = []
-    for t, state in frames:
-        names_and_cells = [joined([words(128, 18, name), cell], 0) for name, cell in zip(names, cells(state, 128))]
-        row = joined(names_and_cells, 1)
-        pages.append(Image.fromarray(joined([words(row.shape[1], 18, f't = {t:.1f}'), row], 0)).quantize(64))
+    for t, state in [*recorded.frames.items(), (1.0, finished)]:
+        row = joined([joined([words(192, 22, name), cell], 0)
+                      for name, cell in zip(names, cells(state, 192))], 1)
+        page = joined([words(row.shape[1], 22, f't = {t:.2f}'), row], 0)
+        pages.append(Image.fromarray(page).quantize(64))
     pages[0].save(f'{out}/trajectory.gif', save_all=True, append_images=pages[1:], loop=0,
-                  duration=[400] * (len(pages) - 1) + [2000])       # milliseconds
+                  duration=[100] * (len(pages) - 1) + [2000])       # milliseconds
 
 
 def digits():
     classes = range(model.config.n_classes)
     save_grid(f'{out}/digits.png', draw(model, vae, meta, 0, range(100), classes, nullcontext(), **solver)[0])
+
+
+def curve():
+    """The loss of every tenth iteration, from the log beside a checkpoint."""
+    file = os.path.join(os.path.dirname(ckpt), 'log.csv')
+    rows = np.genfromtxt(file, delimiter=',', names=True)
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.6))
+    axes.plot(rows['iter'], rows['loss'], color=COLOURS[0], linewidth=1.5)
+    axes.set(xlabel='iteration', ylabel='loss', xlim=(0, None), ylim=(0, None))
+    axes.grid(axis='y', color=PALE)
+    save(figure, 'curve')
 
 
 def details():
@@ -353,8 +366,8 @@ if __name__ == '__main__':
     label = 0               # of the sample that trajectory shows
     only = ''               # names of figures, with commas; '' makes all
     configure(globals())
-    figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, details,
-                                                distance, solvers, clothes)}
+    figures = {make.__name__: make for make in (pyramid, timeline, attention, packed, trajectory, digits, curve,
+                                                details, distance, solvers, clothes)}
     names = only.split(',') if only else list(figures)
     check(set(names) <= set(figures), f'only takes any of {",".join(figures)}, but it is {only!r}')
     os.makedirs(out, exist_ok=True)
