@@ -395,10 +395,7 @@ def test_bfloat16_is_for_solvers_with_fixed_steps(method, draw):
 
 @pytest.mark.parametrize('arg, words', (
     ('--vae=somewhere', 'it has no VAE'),
-    ('--ckpt=cut.pt', 'is no checkpoint of this train.py, or is damaged'),
-    ('--ckpt=other.pt', 'is of another model than this LapFlow'),
     ('--ckpt=undropped.pt', 'train with label_drop, or --cfg=1'),
-    ('--ckpt=diverged.pt', 'the samples cannot be drawn'),
     ('--cls=10', 'number below 10'),
     ('--cls=cat', 'name of a class'),
     ('--num_samples=0', 'at least 1'),
@@ -409,13 +406,8 @@ def test_bfloat16_is_for_solvers_with_fixed_steps(method, draw):
     ('--out=x.jpg', 'NAME.png, NAME.npz or NAME/'),
     ('--out=folder.png', 'folder.png is a folder')))
 def test_what_cannot_be_drawn_ends_with_a_sentence(arg, words, trained, workplace, run):
-    whole = (trained / 'ckpt.pt').read_bytes()
-    (workplace / 'cut.pt').write_bytes(whole[:100_000])
     (workplace / 'folder.png').mkdir(exist_ok=True)
     checkpoint = load(trained)
-    torch.save(checkpoint | dict(model_args=dict(variant='')), workplace / 'other.pt')
-    checkpoint['ema']['t_embed.0.bias'] += math.nan
-    torch.save(checkpoint, workplace / 'diverged.pt')
     checkpoint['config']['label_drop'] = 0.0
     torch.save(checkpoint, workplace / 'undropped.pt')
     _, message = run('sample.py', f'--ckpt={trained}/ckpt.pt', '--out=bad.png', arg)

@@ -104,7 +104,7 @@ def test_an_iteration_is_algorithm_1_image_by_image(stepped, workplace):
     row = rows_of(workplace / 'out-stepped')[2]
     assert float(row[1]) == pytest.approx(loss.item(), rel=1e-5)
     assert float(row[3]) == pytest.approx(norm.item(), rel=1e-5)
-    assert norm > 0.5
+    assert norm > 0.5       # so it is clipped
     for i, g in enumerate(gradient):
         old = before['optimizer']['state'][i]['exp_avg']
         new = after['optimizer']['state'][i]['exp_avg']
@@ -196,9 +196,23 @@ def test_without_a_compiler_one_is_told_to_leave_it_out(run, tmp_path, monkeypat
     assert 'needs a C++ compiler' in message and '--compile=False' in message
 
 
+ANNOUNCE = """
+import torch
+_compile = torch.nn.Module.compile
+def _announce(module, **options):
+    print('compiles a', type(module).__name__)
+    _compile(module, **options)
+torch.nn.Module.compile = _announce
+"""
+
+
 @pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
-def test_compiled_blocks_in_two_processes_train_the_same_weights(workplace, trained):
-    finish(*start_two(workplace, 'train.py', *TINY, '--compile=True', '--out_dir=out-compiled'))
+def test_compiled_blocks_in_two_processes_train_the_same_weights(workplace, trained, tmp_path):
+    """The config file, which is run, announces what is compiled."""
+    (tmp_path / 'announce.py').write_text(ANNOUNCE)
+    printed = finish(*start_two(workplace, 'train.py', *TINY, f'{tmp_path}/announce.py',
+                                '--compile=True', '--out_dir=out-compiled'))
+    assert printed.count('compiles a MoTBlock') == 2
     assert_alike(trained, workplace / 'out-compiled')
 
 
@@ -428,6 +442,7 @@ def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop
         during(stop, lambda: signal.raise_signal(signal.SIGTERM))
     printed = train()
     assert [i for i in range(7) if f'ckpt.pt holds iteration {i}' in printed] == held
+    assert printed.count('is not written') == 2 - len(held)
 
 
 # -------------------------------------------------------------------------------------------------
