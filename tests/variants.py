@@ -3,18 +3,22 @@
     python tests/variants.py mask=none train.py config/digits.py --out_dir=out-none
     python tests/variants.py mask=none sample.py --ckpt out-none/ckpt.pt
     python tests/variants.py schedule=gvp,shared=ffn+mod train.py config/digits.py --out_dir=out-gvp
-    torchrun --nproc_per_node=8 tests/variants.py flow=edify train.py config/celebahq256.py
+    torchrun --nproc_per_node=8 tests/variants.py flow=edify train.py config/celebahq256.py \\
+        --out_dir=out-edify
 
     mask            none, self: Table 2c
     schedule        gvp, quadratic, cubic: Table 2f and Appendix D
     shared          qkv, proj, ffn or mod, or some, as ffn+mod: layers that all scales share
     image_tokens    True: a scale sees the image so far. Not the paper's
-    flow            pyramidal, edify: the baselines of Table 1 (with shared=qkv+proj+ffn+mod)
+    flow            pyramidal (with shared=qkv+proj+ffn+mod) and edify: the baselines of Table 1
 
 The first word is the variant, the rest a script with its arguments. `apply` puts functions and
 classes in place of those in module model. A fork would write them into model.py. Nothing else has
 to change, because train.py and sample.py take all of the method from there. A checkpoint records
 its variant. LapFlow's own scripts refuse it, and so does this one under another variant.
+
+To write another: a function or class, its entry in a table such as ATTENTION or in VALUES, and a
+line in `apply`. Scale k has the first B_k images: full_attention shows how a scale sees finer ones.
 """
 import math
 import os
