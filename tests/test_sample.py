@@ -363,23 +363,27 @@ def test_a_class_is_given_by_its_name_or_else_by_its_number(cls, label, trained,
     assert np.array_equal(named['arr_0'], numbered['arr_0'])
 
 
-def test_latents_are_decoded_by_the_vae_where_it_is_now(trained, vae_folder, draw, tmp_path):
+@pytest.mark.parametrize('classes, y', (
+    ([], None),
+    (['one'], torch.zeros(12).long())))
+def test_latents_are_decoded_by_the_vae_where_it_is_now(classes, y, trained, vae_folder, draw,
+                                                        tmp_path):
     """By hand that is vae.decode(latents / scaling factor). Without classes there are no labels."""
     from diffusers import AutoencoderKL
-    model = network((0.5,), n_classes=0)
+    model = network((0.5,), len(classes))
     checkpoint = load(trained)
     checkpoint['ema'] = None
     checkpoint['model'] = model.state_dict()
     checkpoint['model_args'] = vars(model.config)
-    checkpoint['data'] = dict(size=16, channels=4, image_size=32, classes=[], vae='gone',
+    checkpoint['data'] = dict(size=16, channels=4, image_size=32, classes=classes, vae='gone',
                               scaling_factor=0.7)
     torch.save(checkpoint, tmp_path / 'ckpt.pt')
     arrays, _ = draw(f'--ckpt={tmp_path}/ckpt.pt', f'--vae={vae_folder}', '--cfg=1')
-    x, _ = generate(model, noise_of(0, range(12), (4, 16, 16)), None, 'euler', 4)
+    x, _ = generate(model, noise_of(0, range(12), (4, 16, 16)), y, 'euler', 4)
     vae = AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False)
     pixels = vae.decode(x / 0.7).sample.detach() * 127.5 + 127.5
     pixels = pixels.clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    assert list(arrays) == ['arr_0']
+    assert ('arr_1' in arrays) == (y is not None)
     assert grey_levels(arrays['arr_0'], pixels) <= 1
 
 

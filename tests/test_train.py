@@ -245,11 +245,28 @@ def during(monkeypatch):
     return during
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def assert_same_run(out_dir, other):
     """Two checkpoints are, bit for bit, of one run."""
     one, two = load(out_dir), load(other)
     for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'):
         assert same(one[key], two[key])
+
+
+def test_a_run_that_ends_anyhow_resumes_bit_for_bit(trained, train, tmp_path, during, monkeypatch):
+    """What it had logged since the checkpoint stands twice."""
+    during(5, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert load(tmp_path)['iter_num'] == 3
+    monkeypatch.undo()
+    assert 'at 3 of 6 iterations' in train()
+    assert_same_run(tmp_path, trained)
+    rows = rows_of(trained)
+    assert rows_of(tmp_path) == rows[:5] + rows[4:]
 
 
 def test_a_finished_run_changes_nothing(train, tmp_path):
