@@ -1,7 +1,7 @@
 """How a script starts: its settings, its device, its processes.
 
-Settings are the plain variables at the top of a script. Config files override them, from left to
-right, and options override config files, wherever they stand:
+Settings are a script's plain variables above its call of `configure`. Config files override them,
+from left to right, and options override config files, wherever they stand:
 
     python train.py config/digits.py --batch_size=32 --T=0.67,0.33
 

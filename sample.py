@@ -58,7 +58,8 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
         options = {}
 
     def ode(t, x):
-        v = velocity(dict(zip(state, x)), t.clamp(start, end))  # its first trial may not
+        # The trial from which dopri5 guesses its first step may lie beyond the end
+        v = velocity(dict(zip(state, x)), t.clamp(start, end))
         if not all(v_k.isfinite().all() for v_k in v.values()):
             raise FloatingPointError(f'the velocity at t = {t:.3f} is not finite')
         return tuple(v.values())

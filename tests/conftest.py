@@ -23,13 +23,14 @@ import torch  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
 import variants  # noqa: E402
-from data import make_digits  # noqa: E402
+from data import make_digits, training_order  # noqa: E402
 
 TINY = ('config/digits.py', '--width=32', '--depth=2', '--heads=2', '--batch_size=12',
         '--max_iters=6', '--eval_interval=3', '--log_interval=1', '--eval_images=24',
         '--sample_images=12', '--method=euler', '--steps=4', '--dtype=float32', '--device=cpu',
         '--warmup_iters=0', '--learning_rate=1e-2')
-TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+            '--shutdown_timeout=600')       # or a slow machine has 30 seconds to save
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +189,16 @@ def use(monkeypatch):
             for name in ('LapFlow', 'LapFlowConfig', 'join'):
                 monkeypatch.setattr(sample, name, getattr(model, name))
         yield use
+
+
+def in_iteration(number, action):
+    """A training_order, which train.py asks once an iteration, that acts in one of them."""
+    def order(first, count, *rest):
+        if first == (number - 1) * count:
+            action()
+        return training_order(first, count, *rest)
+
+    return order
 
 
 # -------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes():
 
 SMALL = '--width=32 --depth=1 --heads=2 --size=8 --batch_size=4 --repeats=1 --device=cpu'
 CKPT = '--ckpt=out-whole/ckpt.pt'
-FIGURES = 'pyramid,timeline,attention,packed,trajectory,digits,details,distance,solvers'
+FIGURES = 'pyramid,timeline,attention,packed,trajectory,digits,curve,details,distance,solvers'
 
 
 @pytest.mark.parametrize('command, words', (

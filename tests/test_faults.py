@@ -24,10 +24,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TINY, TORCHRUN, finish, load, rows_of, run_in, same, start_two, started
+from conftest import (ROOT, TINY, TORCHRUN, finish, in_iteration, load, rows_of, run_in, same,
+                      start_two, started)
 import data
 import sample
-from data import make_digits, training_order
+from data import make_digits
 
 
 def same_state(a, b):
@@ -37,16 +38,6 @@ def same_state(a, b):
 
 # -------------------------------------------------------------------------------------------------
 # Ended from outside
-
-
-def in_iteration(number, action):
-    """A training_order, which train.py asks once an iteration, that acts in one of them."""
-    def order(first, count, *rest):
-        if first == (number - 1) * count:
-            action()
-        return training_order(first, count, *rest)
-
-    return order
 
 
 def main(name, rank, target, *args):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import data
 import model
-from conftest import TINY, finish, load, rows_of, run_in, same, start_two
+from conftest import TINY, finish, in_iteration, load, rows_of, run_in, same, start_two
 from data import make_digits, training_order
 from model import LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss
 
@@ -235,18 +235,9 @@ def test_bfloat16_is_of_products_alone(trained, train, tmp_path):
 def during(monkeypatch):
     """during(i, action): action() is called in iteration i, from 1, of the runs that follow."""
     def during(iteration, action):
-        def order(first, *args):
-            if first == 12 * (iteration - 1):
-                action()
-            return training_order(first, *args)
-
-        monkeypatch.setattr(data, 'training_order', order)
+        monkeypatch.setattr(data, 'training_order', in_iteration(iteration, action))
 
     return during
-
-
-def interrupt():
-    raise KeyboardInterrupt
 
 
 def assert_same_run(out_dir, other):
@@ -254,19 +245,6 @@ def assert_same_run(out_dir, other):
     one, two = load(out_dir), load(other)
     for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'):
         assert same(one[key], two[key])
-
-
-def test_a_run_that_ends_anyhow_resumes_bit_for_bit(trained, train, tmp_path, during, monkeypatch):
-    """What it had logged since the checkpoint stands twice."""
-    during(5, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train()
-    assert load(tmp_path)['iter_num'] == 3
-    monkeypatch.undo()
-    assert 'at 3 of 6 iterations' in train()
-    assert_same_run(tmp_path, trained)
-    rows = rows_of(trained)
-    assert rows_of(tmp_path) == rows[:5] + rows[4:]
 
 
 def test_a_finished_run_changes_nothing(train, tmp_path):
