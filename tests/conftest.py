@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import data  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
 import variants  # noqa: E402
@@ -191,6 +192,10 @@ def use(monkeypatch):
         yield use
 
 
+# -------------------------------------------------------------------------------------------------
+# Runs that something happens to, their checkpoints and logs
+
+
 def in_iteration(number, action):
     """A training_order, which train.py asks once an iteration, that acts in one of them."""
     def order(first, count, *rest):
@@ -201,8 +206,12 @@ def in_iteration(number, action):
     return order
 
 
-# -------------------------------------------------------------------------------------------------
-# Checkpoints and logs
+@pytest.fixture
+def during(monkeypatch):
+    """during(i, action): action() is called in iteration i, from 1, of the runs that follow."""
+    def during(number, action):
+        monkeypatch.setattr(data, 'training_order', in_iteration(number, action))
+    return during
 
 
 def load(out_dir):
@@ -226,6 +235,18 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     return a == b
+
+
+def assert_same_run(out_dir, other):
+    """Two checkpoints are of one run, bit for bit: they go on alike."""
+    one, two = load(out_dir), load(other)
+    for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'):
+        assert same(one[key], two[key]), key
+
+
+def contents(folder):
+    """The bytes of its files, by name."""
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def pytest_configure(config):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from conftest import finish, run_in, start_two
+from conftest import contents, finish, run_in, start_two
 from data import (Dataset, center_crop, decode, list_pictures, load_vae, make_digits,
                   read_picture, training_order)
 
@@ -21,10 +21,6 @@ from data import (Dataset, center_crop, decode, list_pictures, load_vae, make_di
 def place(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -68,7 +64,7 @@ def test_digits_show_their_labels_in_white_on_black(workplace):
 @pytest.mark.parametrize('name, mode, stored, read', (
     ('x.tif', 'CMYK', (0, 255, 255, 0), (255, 0, 0)),
     ('x.png', 'L', 90, (90, 90, 90)),
-    ('x.png', 'RGBA', (200, 30, 60, 51), (244, 210, 216)),      # 51 is a fifth of 255
+    ('x.png', 'RGBA', (200, 30, 60, 51), (244, 210, 216)),      # a fifth
 ))
 def test_pictures_are_read_in_their_colours_on_white(name, mode, stored, read):
     Image.new(mode, (8, 8), stored).save(name)
@@ -142,8 +138,7 @@ def listed(folder):
     (['car/x.webp', 'cat/2.PNG', 'cat/deep/er/1.JPg'], [0, 1, 1], ['car', 'cat']),
     (['all/cat/1.png', 'all/dog/2.png'], [0, 1], ['cat', 'dog']),
     (['all/1.png', 'all/2.png'], [0, 0], []),
-    (['1.png', 'cat/2.png', 'dog/3.png'], [0, 0, 0], []),
-))
+    (['1.png', 'cat/2.png', 'dog/3.png'], [0, 0, 0], [])))
 def test_classes_are_the_folders_where_paths_first_differ(names, labels, classes, capsys):
     touch(*names)
     assert listed('.') == (names, labels, classes)
@@ -261,15 +256,12 @@ def test_one_percent_of_the_pictures_may_be_unreadable_and_is_named(capsys):
     ('--source=', '--source=FOLDER --out='),
     ('--source=nowhere', "nowhere' is not a folder that can be read"),
     ('--source=mine.parts', "no pictures in 'mine.parts', but 1 other files"),
-    ('--out=source/', 'source exists'),
-    ('--out=dangling', 'dangling exists'),
+    ('--out=source/', 'source exists'), ('--out=dangling', 'dangling exists'),
     ('--out=mine', 'mine.parts holds other files'),
     ('--out=source/a/000.png/x', 'cannot write 3 images to source/a/000.png/x'),
-    ('--heldout=3', 'less than the 3 pictures'),
-    ('--batch_size=0', 'at least 1'),
+    ('--heldout=3', 'less than the 3 pictures'), ('--batch_size=0', 'at least 1'),
     ('--size=15 --vae=VAE', 'multiple of 2'),
-    ('--vae=source', "'source' is no folder or Hugging Face id of an AutoencoderKL"),
-))
+    ('--vae=source', "'source' is no folder or Hugging Face id of an AutoencoderKL")))
 def test_mistakes_end_in_a_sentence_and_destroy_nothing(args, words, vae_folder):
     write_pictures(3)
     os.mkdir('mine.parts')
@@ -447,18 +439,15 @@ def write_dataset(folder, array=PIXELS, labels=LABELS, **changes):
     (dict(array=PIXELS.repeat(2, 3), channels=2), 'channels is 2'),
     (dict(labels=LABELS * 1.0), 'labels.npy is (8,) of float64'),
     (dict(labels=LABELS[:7]), 'labels.npy is (7,)'),
-    (dict(labels=LABELS * 2), 'labels exceed the classes'),
-    (dict(classes=[]), 'labels exceed the classes'),
+    (dict(labels=LABELS * 2), 'labels exceed the classes'), (dict(classes=[]), 'labels exceed'),
     (dict(classes='ab'), 'classes are no list'),
     (dict(labels=LABELS - 1, heldout=4), 'heldout is 4 of 4'),
-    (dict(heldout=-1), 'heldout is -1'),
-    (dict(flips=0), 'flips is 0'),
+    (dict(heldout=-1), 'heldout is -1'), (dict(flips=0), 'flips is 0'),
     (LATENTS | dict(array=PIXELS.reshape(8, 1, 4, 2, 2), size=2, channels=2), 'holds uint8'),
     (LATENTS | dict(flips=2), 'latents.npy is (8, 1, 8, 4, 4)'),
     (LATENTS | dict(channels=8), 'latents.npy is (8, 1, 8, 4, 4)'),
     (LATENTS | dict(scaling_factor=0.5), 'no image_size'),
-    (LATENTS | dict(image_size=32), 'no scaling_factor'),
-))
+    (LATENTS | dict(image_size=32), 'no scaling_factor')))
 def test_what_is_not_as_the_head_of_data_py_says_is_refused(given, words):
     write_dataset('x', **given)
     with pytest.raises(SystemExit, match=f'x is not.*{re.escape(words)}'):

@@ -24,16 +24,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import (ROOT, TINY, TORCHRUN, finish, in_iteration, load, rows_of, run_in, same,
-                      start_two, started)
+from conftest import (ROOT, TINY, TORCHRUN, assert_same_run, contents, finish, in_iteration, load,
+                      rows_of, run_in, start_two, started)
 import data
 import sample
 from data import make_digits
-
-
-def same_state(a, b):
-    """Whether two checkpoints go on alike, bit for bit."""
-    return all(same(a[key], b[key]) for key in ('model', 'ema', 'optimizer', 'iter_num'))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -61,7 +56,6 @@ def jobs(workplace, tmp_path_factory):
     Their out_dir is jobs['folder'] / name.
     """
     folder = tmp_path_factory.mktemp('jobs')
-    (folder / 'data').symlink_to(workplace / 'data')
 
     def command(name, *fault):
         return workplace, 'tests/test_faults.py', *fault, *TINY, f'--out_dir={folder}/{name}'
@@ -97,39 +91,40 @@ def guarded():
 
 @pytest.mark.parametrize('name', ('SIGINT', 'SIGTERM', 'SIGHUP'))
 def test_what_ends_a_run_makes_it_save_at_the_next_log_step_and_it_goes_on(
-        name, trained, run, tmp_path, monkeypatch, guarded):
+        name, trained, run, tmp_path, during, guarded):
     """Ctrl-C, a termination, a closed terminal. The weights and the log are as if never ended."""
     end = partial(signal.raise_signal, signal.Signals[name])
-    monkeypatch.setattr(data, 'training_order', in_iteration(4, end))
+    during(4, end)
     args = [*TINY, f'--out_dir={tmp_path}', '--log_interval=5']
     printed, message = run('train.py', *args)
     assert message == '' and printed.count('holds iteration') == 2
     assert load(tmp_path)['iter_num'] == 5
     printed, message = run('train.py', *args)
     assert message == '' and 'ckpt.pt at 5 of 6' in printed
-    assert same_state(load(tmp_path), load(trained))
+    assert_same_run(tmp_path, trained)
     whole = rows_of(trained)
     assert rows_of(tmp_path) == [whole[0], whole[3], whole[5], whole[6]]
 
 
-def test_a_second_ctrl_c_ends_at_once(run, tmp_path, monkeypatch, guarded):
+def test_a_second_ctrl_c_ends_at_once(run, tmp_path, during, guarded):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(data, 'training_order', in_iteration(5, twice))
+    during(5, twice)
     with pytest.raises(KeyboardInterrupt):
         run('train.py', *TINY, f'--out_dir={tmp_path}')
     assert load(tmp_path)['iter_num'] == 3 and len(rows_of(tmp_path)) == 1 + 4
 
 
-def test_under_nohup_a_closed_terminal_is_nothing(trained, run, tmp_path, monkeypatch, guarded):
+def test_under_nohup_a_closed_terminal_is_nothing(trained, run, tmp_path, during, guarded):
     """nohup is a signal that is ignored from the start."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     hang_up = partial(signal.raise_signal, signal.SIGHUP)
-    monkeypatch.setattr(data, 'training_order', in_iteration(4, hang_up))
+    during(4, hang_up)
     assert run('train.py', *TINY, f'--out_dir={tmp_path}')[1] == ''
-    assert same_state(load(tmp_path), load(trained)) and rows_of(tmp_path) == rows_of(trained)
+    assert_same_run(tmp_path, trained)
+    assert rows_of(tmp_path) == rows_of(trained)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -278,7 +273,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_training(trained, tmp_path
     assert run_in(trained.parent, 'train.py', *TINY, f'--out_dir={tmp_path}') == ''
     assert saved == [3, 6]      # before the picture
     assert capsys.readouterr().err.count('ArithmeticError: out of luck') == 2
-    assert same_state(load(tmp_path), load(trained)) and rows_of(tmp_path) == rows_of(trained)
+    assert_same_run(tmp_path, trained)
+    assert rows_of(tmp_path) == rows_of(trained)
 
 
 VARIANTS = (('mask=none', 'mask=self', 'image_tokens=True', 'flow=edify', 'flow=pyramidal'),
@@ -323,7 +319,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(jobs, trained, run):
     assert jobs['killed'].returncode == -signal.SIGKILL
     assert load(out)['iter_num'] == 3 and rows_of(out) == whole[:5]
     assert run('train.py', *TINY, f'--out_dir={out}')[1] == ''
-    assert same_state(load(out), load(trained)) and rows_of(out) == [*whole[:5], *whole[4:]]
+    assert_same_run(out, trained)
+    assert rows_of(out) == [*whole[:5], *whole[4:]]
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_iteration(jobs):
@@ -353,15 +350,21 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(lost, jobs, run):
     assert message == '' and 'ckpt.pt at 3 of 6' in printed
 
 
-def test_processes_that_begin_unalike_end_with_a_sentence(jobs, trained):
-    """One sees a checkpoint in its folder, and the other does not."""
-    processes, output = start_two(trained.parent, 'train.py', *TINY, '--out_dir=out-whole',
-                                  other=jobs['folder'])
+@pytest.mark.parametrize('script, args, words', (
+    ('train.py', (*TINY, '--out_dir=out-whole'), 'they need the same settings'),
+    ('data.py', ('--source=out-whole', '--out=made'), 'they must see the same pictures')))
+def test_processes_that_begin_unalike_end_with_a_sentence(script, args, words, trained, tmp_path):
+    """One sees a checkpoint and a picture, the other one two pictures."""
+    (tmp_path / 'data').symlink_to(trained.parent / 'data')
+    (tmp_path / 'out-whole').mkdir()
+    for name in 'ab':
+        Image.new('L', (8, 8)).save(tmp_path / f'out-whole/{name}.png')
+    processes, output = start_two(trained.parent, script, *args, other=tmp_path)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [1, 1]
-    assert Path(output).read_text().count('processes differ: they need the same settings') == 2
-    assert not (jobs['folder'] / 'out-whole').exists()
+    assert Path(output).read_text().count(f'processes differ: {words}') == 2
+    assert sorted(os.listdir(tmp_path)) == ['data', 'out-whole']
 
 
 # -------------------------------------------------------------------------------------------------
@@ -379,10 +382,6 @@ def kills_until_done(command, folder, seconds):
             continue
         assert done.returncode == 0 or kills and 'exists: delete it' in done.stderr, done.stderr
         return kills
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.soak
@@ -407,7 +406,7 @@ def test_kills_at_random_moments_change_nothing(script, trained, vae_folder, tmp
         kills += kills_until_done(command, out.parent, seconds)
         assert os.listdir(out.parent) == ['out']
         if script == 'train.py':
-            assert same_state(load(out), load(whole))
+            assert_same_run(out, whole)
             rows, expected = rows_of(out), rows_of(whole)
             assert all(row in expected for row in rows)
             # A kill in an evaluation, after its checkpoint, loses the row

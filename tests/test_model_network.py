@@ -7,23 +7,14 @@ import torch.nn.functional as F
 from scipy.stats import kstest
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import LapFlow, LapFlowConfig, MoTBlock
-from model import block_causal_attention, position_table
+from bench import trajectory_average
+from model import LapFlow, LapFlowConfig, MoTBlock, block_causal_attention, position_table
 
 pytestmark = pytest.mark.usefixtures('float64')
 
-SMALL = dict(
-    size=16,
-    channels=3,
-    patch=2,
-    width=16,
-    depth=2,
-    heads=2,
-    T=(0.6, 0.25),
-    n_classes=4)
+SMALL = dict(size=16, channels=3, n_classes=4, patch=2, width=16, depth=2, heads=2, T=(0.6, 0.25))
 
 
 def random_weights(module):
@@ -49,8 +40,7 @@ def alone(batch, i):
 
 
 def loss_of(v):
-    losses = [v_k.square().sum() for v_k in v.values()]
-    return sum(losses)
+    return sum(v_k.square().sum() for v_k in v.values())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -117,10 +107,7 @@ def schematic(network, x_t, t, y):
     return z
 
 
-@pytest.mark.parametrize('n_classes, scales', (
-    (4, (0, 1, 2)),
-    (0, (1, 2)),
-    (4, (0,))))
+@pytest.mark.parametrize('n_classes, scales', ((4, (0, 1, 2)), (0, (1, 2)), (4, (0,))))
 def test_the_network_is_the_schematic_of_figure_2(n_classes, scales):
     """Eq. (6): velocities of just the scales that are given, in their order."""
     config = LapFlowConfig(**SMALL | dict(n_classes=n_classes))
@@ -216,10 +203,7 @@ def figure_2(block, z, c, sees):
 
 def check_block(block, sees):
     """Holds a block against Figure 2, under any mask."""
-    z = {
-        0: torch.randn(2, 16, 16),
-        1: torch.randn(2, 4, 16),
-        2: torch.randn(2, 3, 16)}
+    z = {k: torch.randn(2, N_k, 16) for k, N_k in {0: 16, 1: 4, 2: 3}.items()}
     c = torch.randn(2, 16)
     assert_close(block(z, c), figure_2(block, z, c, sees))
 
@@ -322,13 +306,8 @@ def test_weights_begin_as_DiTs():
 
 
 @pytest.mark.parametrize('changes, word', (
-    (dict(T=(0.3, 0.6)), 'decrease'),
-    (dict(T=(0.5, 0.5)), 'decrease'),
-    (dict(T=(1.0,)), 'decrease'),
-    (dict(T=(0.0,)), 'decrease'),
-    (dict(T=(math.nan,)), 'decrease'),
-    (dict(size=36), 'size 36'),
-    (dict(width=18, heads=3), 'width 18'),
+    *[(dict(T=T), 'decrease') for T in ((0.3, 0.6), (0.5, 0.5), (1.0,), (0.0,), (math.nan,))],
+    (dict(size=36), 'size 36'), (dict(width=18, heads=3), 'width 18'),
     (dict(heads=3), 'heads = 3')))
 def test_impossible_settings_are_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
@@ -362,33 +341,11 @@ def count_parameters(config):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize('T, millions', (
-    ((), 457),
-    ((0.5,), 912),
-    ((0.67, 0.33), 1368)))
+@pytest.mark.parametrize('T, millions', (((), 457), ((0.5,), 912), ((0.67, 0.33), 1368)))
 def test_parameters_of_L2(T, millions):
     count = count_parameters(LapFlowConfig(T=T))
     assert count == parameters_of_L2(T)
     assert round(count / 1e6) == millions
-
-
-def flops(config):
-    """Attention's FLOPs and all, of one evaluation, averaged over the trajectory."""
-    average, x_t = torch.zeros(2), {}
-    with torch.device('meta'):
-        network = model.LapFlow(config)
-        t = torch.empty(1)
-        for k in reversed(range(config.K)):
-            side = config.size >> k
-            x_t = {k: torch.empty(1, config.channels, side, side), **x_t}
-            with FlopCounterMode(display=False) as counter:
-                network(x_t, t)
-            counts = counter.get_flop_counts()['Global']
-            attention = counts[torch.ops.aten.bmm]
-            both = [attention, counter.get_total_flops()]
-            segment = config.times[k] - config.times[k + 1]
-            average += segment * torch.tensor(both, device='cpu')
-    return average
 
 
 @pytest.mark.parametrize('size, T, attention, whole', (
@@ -399,7 +356,7 @@ def test_the_causal_mask_saves_what_the_design_promises(size, T, attention, whol
 
     The token of t makes a difference of up to 0.0015.
     """
-    ours = flops(LapFlowConfig(size=size, T=T, depth=2))
-    single = flops(LapFlowConfig(size=size, T=(), depth=2))
+    ours = trajectory_average(LapFlowConfig(size=size, T=T, depth=2))
+    single = trajectory_average(LapFlowConfig(size=size, T=(), depth=2))
     ratios = ours / single
-    assert ratios.tolist() == pytest.approx([attention, whole], abs=0.002)
+    assert ratios.tolist() == pytest.approx([whole, attention], abs=0.002)

@@ -1,6 +1,5 @@
 """Alg. 1 as train.py runs it: against a loop over single images, formulas, and itself."""
 import itertools
-import json
 import math
 import os
 import shutil
@@ -12,11 +11,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import data
 import model
-from conftest import TINY, finish, in_iteration, load, rows_of, run_in, same, start_two
+from conftest import TINY, assert_same_run, finish, load, rows_of, run_in, same, start_two
 from data import make_digits, training_order
-from model import LapFlow, LapFlowConfig, laplacian_pyramid, multiscale_loss
+from model import LapFlow, LapFlowConfig, multiscale_loss
+from test_data import write_dataset
+from test_model_method import lines
 
 
 @pytest.fixture
@@ -37,13 +37,10 @@ def train(run, tmp_path):
 @pytest.fixture(scope='module')
 def latents(tmp_path_factory, vae_folder):
     """A dataset of random latents in two classes."""
-    folder = tmp_path_factory.mktemp('latents')
+    folder = tmp_path_factory.mktemp('train') / 'latents'
     rows = np.random.default_rng(0).random((40, 2, 8, 16, 16))
-    np.save(folder / 'latents.npy', rows.astype(np.float16))
-    np.save(folder / 'labels.npy', np.arange(40) % 2)
-    meta = dict(size=16, channels=4, image_size=32, classes=['a', 'b'], heldout=10, flips=2)
-    meta.update(vae=vae_folder, scaling_factor=0.7)
-    (folder / 'meta.json').write_text(json.dumps(meta))
+    write_dataset(folder, rows.astype(np.float16), np.arange(40) % 2, size=16, channels=4,
+                  image_size=32, heldout=10, flips=2, vae=vae_folder, scaling_factor=0.7)
     return folder
 
 
@@ -76,17 +73,13 @@ def algorithm_1(network, dataset, index, draws):
         row = torch.tensor(dataset.array[i, int(draw['flip'])]).double()
         mean, std = row.chunk(2)
         x1 = 0.7 * (mean + std * draw['eps'])
-        x1 = laplacian_pyramid(x1[None], K)
-        x0 = laplacian_pyramid(draw['noise'][None], K)                              # line 5
+        line = lines(x1[None], draw['noise'][None], network.config.T)               # line 5
         s = place * K // len(index)
         t = times[s + 1] + (1 - times[s + 1]) * draw['uniform']                     # line 6
         y = 2 if draw['drop'] else dataset.labels[i]
         x_t, u_t = {}, {}
         for k in range(s, K):
-            slope = 1 / (1 - times[k + 1])
-            alpha = slope * (t - times[k + 1])
-            x_t[k] = alpha * x1[k] + (1 - t) * x0[k]                                # line 7
-            u_t[k] = slope * x1[k] - x0[k]                                          # line 8
+            x_t[k], u_t[k] = line(k, t)                                             # lines 7, 8
         v_t = network(x_t, t[None], torch.tensor([y]))                              # line 9
         errors.append({k: (v_t[k] - u_t[k]).square().mean() for k in u_t})
     return errors
@@ -110,20 +103,6 @@ def test_an_iteration_is_algorithm_1_image_by_image(stepped, workplace):
         new = after['optimizer']['state'][i]['exp_avg']
         expected = 0.8 * old + 0.2 * g * 0.5 / norm
         assert_close(new.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-def test_an_update_is_adamws_formula(stepped):
-    names, (before, after, _) = stepped
-    lr = names['learning_rate_at'](1)
-    for i, name in enumerate(before['model']):
-        old, new = before['optimizer']['state'][i], after['optimizer']['state'][i]
-        m, v = new['exp_avg'].double(), new['exp_avg_sq'].double()
-        g = (m - 0.8 * old['exp_avg']) / 0.2
-        assert_close(v, 0.9 * old['exp_avg_sq'].double() + 0.1 * g ** 2, rtol=1e-3, atol=1e-12)
-        m, v = m / (1 - 0.8 ** 2), v / (1 - 0.9 ** 2)
-        w = before['model'][name].double()
-        expected = w - lr * 0.1 * w - lr * m / (v.sqrt() + 1e-8)
-        assert_close(after['model'][name], expected.float())
 
 
 def test_the_ema_is_its_formula(stepped):
@@ -231,22 +210,6 @@ def test_bfloat16_is_of_products_alone(trained, train, tmp_path):
 # Runs that stop and go on
 
 
-@pytest.fixture
-def during(monkeypatch):
-    """during(i, action): action() is called in iteration i, from 1, of the runs that follow."""
-    def during(iteration, action):
-        monkeypatch.setattr(data, 'training_order', in_iteration(iteration, action))
-
-    return during
-
-
-def assert_same_run(out_dir, other):
-    """Two checkpoints are, bit for bit, of one run."""
-    one, two = load(out_dir), load(other)
-    for key in ('model', 'ema', 'optimizer', 'iter_num', 'data'):
-        assert same(one[key], two[key])
-
-
 def test_a_finished_run_changes_nothing(train, tmp_path):
     train()
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
@@ -291,9 +254,7 @@ def test_an_ema_that_is_new_in_a_resumed_run_starts_at_the_weights(trained, trai
     ('model_args', 'T', None, ''),
     ('data', 'heldout', 7, 'heldout is 7 there and 60 here'),
     ('data', 'classes', list('abcdefghij'), "classes is ['a', "),
-    ('data', 'count', None, ''),
-    ('data', 'source', 'elsewhere', ''),
-    ('data', 'vae', 'elsewhere', '')))
+    ('data', 'count', None, ''), ('data', 'source', 'moved', ''), ('data', 'vae', 'moved', '')))
 def test_a_run_goes_on_with_its_own_settings_and_data(part, key, value, words, trained, run,
                                                       tmp_path):
     """Pictures and VAE may have moved. A setting that is not there, None, has its default."""
@@ -425,10 +386,7 @@ def test_twenty_in_a_row_end_the_run_and_nineteen_do_not(train, run, tmp_path, s
 
 
 @pytest.mark.parametrize('iterations, held, stop', (
-    ([3], [6], None),
-    ([5, 6], [3], None),
-    ([6], [3, 6], None),
-    ([4], [3, 4], 4)))
+    ([3], [6], None), ([5, 6], [3], None), ([6], [3, 6], None), ([4], [3, 4], 4)))
 def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop, train, spoil,
                                                           during):
     """Unless it is the last alone, which may be chance: without it all since then would be lost."""
@@ -470,11 +428,8 @@ def test_weights_alone_are_begun_with_but_not_gone_on_with(trained, train, run, 
 
 
 @pytest.mark.parametrize('config, ema', (
-    ('celebahq256', False),
-    ('celebahq512', False),
-    ('celebahq1024', False),
-    ('imagenet256_b2', True),
-    ('imagenet256_xl2', True)))
+    ('celebahq256', False), ('celebahq512', False), ('celebahq1024', False),
+    ('imagenet256_b2', True), ('imagenet256_xl2', True)))
 def test_the_papers_configs_train_and_draw(config, ema, latents, run, tmp_path):
     """Table 6, but narrow."""
     args = ('--width=32', '--depth=1', '--heads=2', '--batch_size=12', '--max_iters=1',
