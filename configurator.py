@@ -97,6 +97,7 @@ def configure(namespace):
         with exit_on_error(f'{source}: {key} must be like {settings[key]!r}, not {value!r}'):
             settings[key] = convert(value, settings[key])
     if '--help' in sys.argv:
+        print(namespace['__doc__'])
         for key, value in settings.items():
             print(f'--{key}={value!r}')
         raise SystemExit

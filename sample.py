@@ -118,7 +118,7 @@ def draw(model, vae, meta, seed, index, classes, autocast, **solver):
     device = next(model.parameters()).device
     noise = noise_of(seed, index, (config.channels, config.size, config.size)).to(device)
     y = None
-    if config.n_classes > 0:
+    if config.n_classes:
         y = torch.tensor(labels_of(index, classes), device=device)
     if solver['method'] == 'dopri5':
         autocast = nullcontext()
@@ -164,7 +164,7 @@ if __name__ == '__main__':
     ckpt = 'out/ckpt.pt'
     out = ''                # NAME.png, NAME.npz or a folder NAME/; '': beside ckpt
     num_samples = 100
-    batch_size = 100        # of each process
+    batch_size = 25         # of each process: more keep a large GPU busy
     cls = ''                # the name or number of one class; '' is all in turn
     seed = 0
     vae = ''                # where the VAE is now, if it has moved
@@ -179,8 +179,7 @@ if __name__ == '__main__':
     meta, trained = checkpoint['data'], checkpoint['config']
     method, steps, tol, cfg = trained['method'], trained['steps'], trained['tol'], trained['cfg']
     configure(globals())    # again, so that the command line wins over the checkpoint
-    check(min(num_samples, batch_size, steps) > 0,
-          'num_samples, batch_size and steps must be at least 1')
+    check(min(num_samples, batch_size, steps) > 0, 'num_samples, batch_size, steps: at least 1')
     device, rank, world = launch(device)
     autocast, dtype = autocast_for(device, dtype)
     model = load_model(checkpoint, device)

@@ -124,17 +124,15 @@ def test_the_velocity_is_the_time_derivative_of_the_state(start):
 
 
 def test_one_scale_is_plain_flow_matching():
-    """With T = () the path is a straight line, and the loss is the mean squared error."""
+    """With T = () the path is a straight line from noise to data."""
     config = LapFlowConfig(T=())
-    x1, x0, v = torch.randn(3, 5, 2, 8, 8)
+    x1, x0 = torch.randn(2, 5, 2, 8, 8)
     t = torch.rand(5)
     stage = packed_stages(5, config.K)
     x_t, u_t = states_and_velocities(x1, x0, t, stage, config)
     part = t.view(5, 1, 1, 1)
     assert_close(x_t, {0: part * x1 + (1 - part) * x0})
     assert_close(u_t, {0: x1 - x0})
-    loss, _ = multiscale_loss({0: v}, u_t, (1.0,), 5)
-    assert_close(loss, mse_loss(v, x1 - x0))
 
 
 # -------------------------------------------------------------------------------------------------
