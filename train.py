@@ -181,7 +181,7 @@ def loss_of(net, index, draws, part):
     x1, y = data.batch(index[part], device, draws['flip'], draws['eps'])
     if n_classes > 0:
         y = torch.where(draws['drop'], n_classes, y)
-    stage = packed_stages(len(index), K)[part]      # on the CPU: counting is no wait
+    stage = packed_stages(len(index), K)[part]      # on the CPU, so that no GPU is waited for
     t = stage_times(stage.to(device, non_blocking=True), draws['uniform'], model_config)
     x_t, u_t = states_and_velocities(x1, draws['noise'], t, stage, model_config)
     with autocast:

@@ -223,6 +223,16 @@ def test_a_dataset_of_pixels_holds_the_pictures_of_a_folder():
                              heldout=0, classes=['a', 'b'], flips=1, vae='')
 
 
+def test_ones_own_pictures_are_trained_on_and_drawn():
+    write_pictures(20)
+    assert prepare() == ''
+    network = '--patch=4', '--width=8', '--depth=1', '--heads=1', '--batch_size=4'
+    train = 'train.py', *network, '--dataset=made', '--max_iters=1', '--out_dir=out'
+    assert run_in('.', *train, '--compile=False', '--device=cpu', '--sample_images=1') == ''
+    assert run_in('.', 'sample.py', '--num_samples=3', '--out=x.npz') == ''
+    assert np.load('x.npz')['arr_0'].shape == (3, 24, 24, 3)
+
+
 def test_held_out_images_are_drawn_at_random_and_keep_their_labels():
     pictures = write_pictures(40).tolist()
     assert prepare('--heldout=12') == ''
@@ -470,7 +480,7 @@ def test_labels_are_integers_of_any_width(dtype):
     assert y.dtype == torch.int64
 
 
-def test_without_classes_all_labels_are_0():
+def test_a_dataset_may_have_no_classes():
     write_dataset('x', labels=LABELS * 0, classes=[])
     assert Dataset('x').n_train == 6
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import sample
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, load
 from model import LapFlow, multiscale_loss, reconstruct
 
 DOCUMENTS = ('README.md', 'config/README.md', 'tests/README.md', 'tests/experiments/README.md')
@@ -115,6 +115,13 @@ def test_ci_runs_the_commands_of_the_documents():
 # Examples and changes
 
 
+def test_the_checkpoint_in_assets_draws_a_class_by_its_name(run, tmp_path):
+    args = f'--ckpt={ROOT}/assets/fashion.pt', '--cls=boot', '--num_samples=2'
+    assert run('sample.py', *args, f'--out={tmp_path}/x.npz')[1] == ''
+    with np.load(tmp_path / 'x.npz') as drawn:
+        assert drawn['arr_0'].shape == (2, 32, 32, 1) and drawn['arr_1'].tolist() == [9, 9]
+
+
 @pytest.fixture
 def example(workplace, trained, tmp_path, monkeypatch):
     """example('word') runs the block of Python with that word, among the files that it asks for."""
@@ -180,6 +187,7 @@ def test_the_coarse_scale_of_an_upscaled_picture_is_the_given_one(example, ends)
 
 
 def test_the_change_to_vectors_as_conditions_trains_and_samples(workplace, tmp_path):
+    """Together with README's new setting, which the checkpoint records."""
     pairs = re.compile(r'((?:^-.*\n)+)((?:^\+.*\n)+)', re.M)
     for file in Path(ROOT).glob('*.py'):
         shutil.copy(file, tmp_path)
@@ -193,8 +201,16 @@ def test_the_change_to_vectors_as_conditions_trains_and_samples(workplace, tmp_p
             assert text.count(old) == 1
             text = text.replace(old, new)
         (tmp_path / name).write_text(text)
+    for file, place, line in (('model.py', 'T: tuple', 'qk_norm: bool = False'),
+                              ('train.py', 'patch =', 'qk_norm = False')):
+        text = (tmp_path / file).read_text()
+        text, found = re.subn(rf'^( *)({place})', rf'\1{line}\n\1\2', text, flags=re.M)
+        assert found == 1 and f'`{line}`' in TEXT['README.md']
+        (tmp_path / file).write_text(text)
     shutil.copytree(f'{ROOT}/config', tmp_path / 'config')
     digits = shutil.copytree(workplace / 'data/digits', tmp_path / 'data/digits')
     np.save(digits / 'labels.npy', np.eye(10, dtype='f4')[np.load(digits / 'labels.npy')])
-    for command in (['train.py', *TINY], ['sample.py', '--ckpt=out-digits/ckpt.pt']):
+    for command in (['train.py', *TINY, '--qk_norm=True'],
+                    ['sample.py', '--ckpt=out-digits/ckpt.pt']):
         subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
+    assert load(tmp_path / 'out-digits')['model_args']['qk_norm'] is True

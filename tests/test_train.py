@@ -2,6 +2,7 @@
 import itertools
 import math
 import os
+import runpy
 import shutil
 import signal
 import time
@@ -12,7 +13,8 @@ import torch
 from torch.testing import assert_close
 
 import model
-from conftest import TINY, assert_same_run, finish, load, rows_of, run_in, same, start_two
+from conftest import (ROOT, TINY, assert_same_run, finish, load, rows_of, run_in, same,
+                      start_two)
 from data import make_digits, training_order
 from model import LapFlow, LapFlowConfig, multiscale_loss
 from test_data import write_dataset
@@ -86,7 +88,10 @@ def algorithm_1(network, dataset, index, draws):
 
 
 def test_an_iteration_is_algorithm_1_image_by_image(stepped, workplace):
-    """The second one: its loss, and its gradient, which AdamW's first moment tells, clipped."""
+    """The second one: its loss, and its gradient, which AdamW's first moment tells, clipped.
+
+    random_draws takes how many images, 0 for training or 1 for evaluation, and the iteration.
+    """
     names, (before, after, _) = stepped
     network = network_of(before, before['model'])
     index = training_order(12, 12, 30, 0)
@@ -106,7 +111,10 @@ def test_an_iteration_is_algorithm_1_image_by_image(stepped, workplace):
 
 
 def test_the_ema_is_its_formula(stepped):
-    """The decay at iteration i is ema_decay, here 0.2, but at most (1 + i) / (10 + i)."""
+    """The decay at iteration i is ema_decay, here 0.2, but at most (1 + i) / (10 + i).
+
+    It starts at the weights that the model has at first, those of seed 0.
+    """
     _, checkpoints = stepped
     torch.manual_seed(0)
     ema = LapFlow(LapFlowConfig(**checkpoints[0]['model_args'])).state_dict()
@@ -187,7 +195,7 @@ torch.nn.Module.compile = _announce
 
 @pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
 def test_compiled_blocks_in_two_processes_train_the_same_weights(workplace, trained, tmp_path):
-    """The config file, which is run, announces what is compiled."""
+    """The config file, which is run, announces what is compiled: two blocks, by process 0 alone."""
     (tmp_path / 'announce.py').write_text(ANNOUNCE)
     printed = finish(*start_two(workplace, 'train.py', *TINY, f'{tmp_path}/announce.py',
                                 '--compile=True', '--out_dir=out-compiled'))
@@ -310,7 +318,10 @@ def test_samples_png_is_what_sample_py_draws(trained, run, tmp_path):
 
 
 def test_the_log_has_rows_for_log_steps_and_evaluations(train, tmp_path, monkeypatch):
-    """Here 600 seconds pass from one look at the clock to the next."""
+    """Here 600 seconds pass from one look at the clock to the next, one look for each row.
+
+    So two iterations of 12 images are 0.04 images/s.
+    """
     clock = itertools.count(0, 600)
     monkeypatch.setattr(time, 'time', lambda: next(clock))
     printed = train('--log_interval=2', '--max_iters=5')
@@ -389,7 +400,11 @@ def test_twenty_in_a_row_end_the_run_and_nineteen_do_not(train, run, tmp_path, s
     ([3], [6], None), ([5, 6], [3], None), ([6], [3, 6], None), ([4], [3, 4], 4)))
 def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop, train, spoil,
                                                           during):
-    """Unless it is the last alone, which may be chance: without it all since then would be lost."""
+    """Unless it is that of the last iteration alone, which may be chance: else all would be lost.
+
+    The loss is not finite in `iterations`. Evaluations are after 3 and 6, and a SIGTERM, if any,
+    comes in iteration `stop`. Then the files hold iterations `held`.
+    """
     spoil('loss', iterations)
     if stop:
         during(stop, lambda: signal.raise_signal(signal.SIGTERM))
@@ -403,7 +418,10 @@ def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop
 
 
 def test_a_run_begins_with_the_weights_that_fit_of_another(trained, train, tmp_path):
-    """Those of its EMA. With other patches the rest is new, and named."""
+    """Those of its EMA. With other patches the rest is new, and named.
+
+    Of each of the two scales that is a weight of the input, and weight and bias of the output.
+    """
     printed = train(f'--init_from={trained}/ckpt.pt', '--patch=8', '--max_iters=1',
                     '--learning_rate=0', '--min_lr=0')
     old, own = load(trained)['ema'], load(tmp_path)['model']
@@ -427,16 +445,33 @@ def test_weights_alone_are_begun_with_but_not_gone_on_with(trained, train, run, 
     assert 'weights are from' not in train(*args, '--max_iters=2')     # it has its own by now
 
 
-@pytest.mark.parametrize('config, ema', (
-    ('celebahq256', False), ('celebahq512', False), ('celebahq1024', False),
-    ('imagenet256_b2', True), ('imagenet256_xl2', True)))
-def test_the_papers_configs_train_and_draw(config, ema, latents, run, tmp_path):
-    """Table 6, but narrow."""
+TABLE_6 = {
+    'celebahq256': (1024, 24, (0.5,), 256, 2e-4, 1e-6, 500, 0),
+    'celebahq512': (1024, 24, (0.67, 0.33), 256, 2e-4, 1e-6, 1000, 0),
+    'celebahq1024': (1024, 24, (0.67, 0.33), 128, 2e-4, 1e-6, 2000, 0),
+    'imagenet256_b2': (768, 12, (0.5,), 256, 1e-4, 1e-4, 1400, 0.9999),
+    'imagenet256_xl2': (1152, 28, (0.5,), 256, 1e-4, 1e-4, 120, 0.9999)}
+
+
+@pytest.mark.parametrize('config', TABLE_6)
+def test_the_papers_configs_are_table_6(config):
+    """Width and depth are those of DiT-L, B and XL. All have patches of 2."""
+    width, depth, T, batch_size, rate, last, epochs, ema = TABLE_6[config]
+    found = runpy.run_path(f'{ROOT}/config/{config}.py')
+    assert (found['patch'], found['width'], found['depth'], found['T']) == (2, width, depth, T)
+    assert (found['learning_rate'], found['min_lr'], found['ema_decay']) == (rate, last, ema)
+    images = 30_000 if 'celeba' in config else 1_281_167
+    assert found['batch_size'] == batch_size
+    assert found['max_iters'] == pytest.approx(epochs * images / batch_size, rel=1e-3)
+
+
+@pytest.mark.parametrize('config', TABLE_6)
+def test_the_papers_configs_train_and_draw(config, latents, run, tmp_path):
+    """But narrow."""
     args = ('--width=32', '--depth=1', '--heads=2', '--batch_size=12', '--max_iters=1',
             '--sample_images=1', '--compile=False', '--device=cpu')
     assert run('train.py', f'config/{config}.py', *args, f'--dataset={latents}',
                f'--out_dir={tmp_path}')[1] == ''
-    assert (load(tmp_path)['ema'] is not None) == ema
     assert run('sample.py', f'--ckpt={tmp_path}/ckpt.pt', '--num_samples=1')[1] == ''
 
 

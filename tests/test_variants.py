@@ -39,6 +39,7 @@ def network_and_plain(config):
 
 
 def everything(k, j):
+    """True, for two numbers and for tensors of them."""
     return k * j >= 0
 
 
@@ -57,19 +58,20 @@ def test_without_a_mask_an_image_sees_no_other_image(counts, placed):
 
 
 # -------------------------------------------------------------------------------------------------
-# schedule (Table 2f, Appendix D)
+# The path, and schedule (Table 2f, Appendix D)
 
 t = torch.linspace(0.25, 1, 9, dtype=torch.float64)
 ramp = (t - 0.25) / 0.75
 
 
-@pytest.mark.parametrize('schedule, alpha, sigma', (
-    ('gvp', torch.sin(math.pi * ramp / 2), torch.cos(math.pi * t / 2)),
-    ('quadratic', ramp, (1 - t) ** 2),
-    ('cubic', ramp, (1 - t) ** 3)))
-def test_a_schedule_is_the_papers_formulas_and_their_derivatives(schedule, alpha, sigma, placed):
-    """Eq. (4b) and Appendix D, of a scale that starts at 0.25."""
-    placed(f'schedule={schedule}')
+@pytest.mark.parametrize('variant, alpha, sigma', (
+    ('', ramp, 1 - t),
+    ('schedule=gvp', torch.sin(math.pi * ramp / 2), torch.cos(math.pi * t / 2)),
+    ('schedule=quadratic', ramp, (1 - t) ** 2),
+    ('schedule=cubic', ramp, (1 - t) ** 3)))
+def test_a_schedule_is_the_papers_formulas_and_their_derivatives(variant, alpha, sigma, placed):
+    """Eq. (4a), LapFlow's own, Eq. (4b) and Appendix D, of a scale that starts at 0.25."""
+    placed(variant)
 
     def state(t):
         x1, x0 = torch.eye(2).view(2, 1, 1, 1, 2)
@@ -158,13 +160,13 @@ def test_a_batch_of_a_baseline_holds_what_its_algorithm_makes_of_each_image(
 
 
 @pytest.mark.parametrize('flow, times', (
-    ('pyramidal', [0.6, 1, 0.25, 0.6, 0, 0.25]),
-    ('edify', [0.6, 1, 0.25, 1, 0, 1])))
+    ('pyramidal', [0.6, 0.8, 1, 0.25, 0.425, 0.6, 0, 0.125, 0.25]),
+    ('edify', [0.6, 0.8, 1, 0.25, 0.625, 1, 0, 0.5, 1])))
 def test_times_are_those_of_the_baselines_stages(flow, times, placed):
-    """Alg. 3 and Alg. 5, line 7: the first and the last time of stages 0, 1 and 2."""
+    """Alg. 3 and Alg. 5, line 7: first time, middle and last of stages 0, 1 and 2."""
     config = placed(f'flow={flow}')
-    stage = torch.tensor([0, 0, 1, 1, 2, 2])
-    uniform = torch.tensor([0.0, 1.0] * 3)
+    stage = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    uniform = torch.tensor([0.0, 0.5, 1.0] * 3)
     t = model.stage_times(stage, uniform, config)
     assert t.tolist() == pytest.approx(times)
 
@@ -177,8 +179,6 @@ def test_a_baselines_network_is_LapFlows_of_one_scale_at_a_time(placed):
     t, y = torch.rand(3), torch.arange(3)
     expected = plain(fine, t[:1], y[:1]) | plain(coarse, t[1:], y[1:])
     assert_close(network(fine | coarse, t, y), expected)
-    expected = plain(fine, t[:1]) | plain(coarse, t[1:])
-    assert_close(network(fine | coarse, t), expected)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,7 +194,9 @@ def covariance(x):
 def data_and_samples(config, sees):
     """Gaussian images whose neighbours have a correlation of 0.8, and what the best network draws.
 
-    It is E[u | x_t] = Cov(u, x_t) Cov(x_t)^+ x_t, linear in what a scale sees.
+    That predicts E[u | x_t], linear in what a scale sees. All is linear in 128 factors, 64 of the
+    images and 64 of the noise. If the rows of A are the states for each factor alone, those of U
+    the velocities, and g are given states, E[u | g] = g (A^T A)^+ A^T U = g A^+ U.
     """
     place = torch.arange(8)
     row = 0.8 ** (place[:, None] - place).abs()
@@ -222,9 +224,11 @@ def data_and_samples(config, sees):
     return x1[:64], samples
 
 
-@pytest.mark.parametrize('variant', ('mask=none', 'flow=pyramidal', 'flow=edify'))
+@pytest.mark.parametrize('variant', (
+    'mask=none', 'mask=none,schedule=gvp', 'mask=none,schedule=quadratic',
+    'flow=pyramidal', 'flow=edify'))
 def test_a_perfect_network_draws_the_covariance_of_the_data(variant, placed):
-    """Alg. 2, Alg. 4 and Alg. 6: so the hand-overs are right in law."""
+    """Alg. 2, Alg. 4 and Alg. 6: so the hand-overs are right in distribution."""
     config = placed(variant, size=8)
     data, samples = data_and_samples(config, everything)
     assert_close(covariance(samples), covariance(data), rtol=0, atol=1e-5)
@@ -232,7 +236,12 @@ def test_a_perfect_network_draws_the_covariance_of_the_data(variant, placed):
 
 @pytest.mark.parametrize('T, correlation', ((0.1, 0.7718), (0.5, 0.7927)))
 def test_what_the_causal_mask_costs_a_perfect_network(T, correlation, float64):
-    """The coarse scale's law is exact. Across 2 x 2 patches 0.8 becomes a little less."""
+    """The coarse scale sees itself alone, so its mean is E[u | x_coarse], not E[u | x].
+
+    Its own distribution stays exact. The joint one does not: across 2 x 2 patches, as between the
+    second and the third pixel, a correlation of 0.8 becomes a little less. How much has no closed
+    form that we know: the numbers were computed here, and config/README.md quotes them.
+    """
     config = LapFlowConfig(size=8, T=(T,))
     data, samples = data_and_samples(config, int.__le__)
     coarse = covariance(Down(samples))

@@ -349,7 +349,7 @@ def solvers():
                   label=method)
     for row in rows:
         if (row['solver'], row['setting']) in (('midpoint', '5'), ('dopri5', '1e-5')):
-            axes.annotate(f'{row["solver"]}, {row["setting"]}', (row['nfe'], row['frechet']), (0, -16),
+            axes.annotate(f'{row["solver"]}, {row["setting"]}', (row['nfe'], row['frechet']), (0, -26),
                           textcoords='offset points', ha='center', color=styles[row['solver']][0])
     distances = [row['frechet'] for row in rows]
     ticks = range(5 * int(min(distances) // 5), int(max(distances)) + 5, 5)
