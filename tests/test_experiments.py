@@ -118,7 +118,7 @@ def test_each_tool_prints_what_it_is_for(command, words, workplace, trained):
 
 
 def test_a_run_judged_on_its_way_is_the_run_straight_to_its_end(workplace, run):
-    """Edify's, at the FLOPs of 4 iterations of LapFlow, to half of one; a step costs three forwards.
+    """Edify's, at the FLOPs of 4 iterations of LapFlow, to half of one. A step is 3 forwards.
 
     A run does not go back: points that it has passed, and other settings, are refused.
     """

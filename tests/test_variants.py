@@ -69,9 +69,10 @@ ramp = (t - 0.25) / 0.75
     ('schedule=gvp', torch.sin(math.pi * ramp / 2), torch.cos(math.pi * t / 2)),
     ('schedule=quadratic', ramp, (1 - t) ** 2),
     ('schedule=cubic', ramp, (1 - t) ** 3)))
-def test_a_schedule_is_the_papers_formulas_and_their_derivatives(variant, alpha, sigma, placed):
+def test_a_schedule_is_the_papers_formulas_and_their_derivatives(variant, alpha, sigma, use,
+                                                                float64):
     """Eq. (4a), LapFlow's own, Eq. (4b) and Appendix D, of a scale that starts at 0.25."""
-    placed(variant)
+    use(variant)
 
     def state(t):
         x1, x0 = torch.eye(2).view(2, 1, 1, 1, 2)
