@@ -14,11 +14,14 @@
 
 The first word is the variant, the rest a script with its arguments. `apply` puts functions and
 classes in place of those in module model. A fork would write them into model.py. Nothing else has
-to change, because train.py and sample.py take all of the method from there. A checkpoint records
-its variant. LapFlow's own scripts refuse it, and so does this one under another variant.
+to change, because train.py and sample.py take pyramid, paths, stages, loss, network and `join` from
+there. A checkpoint records its variant. LapFlow's own scripts refuse it, and so does this one under
+another variant.
 
-To write another: a function or class, its entry in a table such as ATTENTION or in VALUES, and a
-line in `apply`. Scale k has the first B_k images: full_attention shows how a scale sees finer ones.
+To write another mask or sigma: a function and its entry in ATTENTION or SIGMA. Another key, such as
+up=bilinear, also needs an entry in VALUES and a line in `apply`. What a variant may replace is
+called as model.NAME here. In a packed batch only the first B_k images have scale k, so that a
+coarse scale has more images than a finer one: full_attention shows what that means for a mask.
 """
 import math
 import os
@@ -35,7 +38,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import model  # noqa: E402
 from configurator import check  # noqa: E402
-from model import LapFlow, LapFlowConfig, MoTBlock, laplacian_pyramid, reconstruct, up  # noqa: E402
+from model import LapFlow, LapFlowConfig, MoTBlock  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
 # A config with one field more
@@ -126,18 +129,10 @@ class SharingBlock(MoTBlock):
     """MoTBlock with one layer for all scales where config.variant says so."""
 
     def __init__(self, config):
-        nn.Module.__init__(self)        # MoTBlock's own would make all layers
-        D, K = config.width, config.K
-        shared = options(config.variant)['shared'].split('+')
-        layers = dict(mod=(nn.Linear, D, 6 * D), qkv=(nn.Linear, D, 3 * D),
-                      proj=(nn.Linear, D, D), ffn=(model.feed_forward, D))
-        self.heads = config.heads
-        for name, (layer, *sizes) in layers.items():
-            if name in shared:
-                one = nn.ModuleList([layer(*sizes)] * K)        # the same layer, K times
-            else:
-                one = model.experts(K, layer, *sizes)
-            setattr(self, name, one)
+        super().__init__(config)
+        for name in options(config.variant)['shared'].split('+'):
+            layer = getattr(self, name)[0]
+            setattr(self, name, nn.ModuleList([layer] * config.K))      # the same one, K times
 
 
 # -------------------------------------------------------------------------------------------------
@@ -150,7 +145,7 @@ class ImageTokens(LapFlow):
     def forward(self, x_t, t, y=None):
         images = {}
         for k, x in x_t.items():
-            images[k] = reconstruct([x_t[j][:len(x)] for j in x_t if j >= k])
+            images[k] = model.reconstruct([x_t[j][:len(x)] for j in x_t if j >= k])
         return super().forward(images, t, y)
 
 
@@ -179,7 +174,7 @@ def pyramidal_flow(x1, x0, t, k, config):
     """
     e, s = config.times[k], config.times[k + 1]
     data, noise = F.avg_pool2d(x1, 2 ** k), F.avg_pool2d(x0, 2 ** k)
-    x_s = (s * up(model.down(data)) if s else 0) + (1 - s) * noise
+    x_s = (s * model.up(model.down(data)) if s else 0) + (1 - s) * noise
     x_e = e * data + (1 - e) * noise
     u = (x_e - x_s) / (e - s)
     return x_s + (t - s).view(-1, 1, 1, 1) * u, u
@@ -187,14 +182,14 @@ def pyramidal_flow(x1, x0, t, k, config):
 
 def edify_flow(x1, x0, t, k, config):
     """EdifyImage, Alg. 5, Eq. (14), Eq. (15): LapFlow's scales >= k, put together by Eq. (2)."""
-    data, noise = laplacian_pyramid(x1, config.K), laplacian_pyramid(x0, config.K)
+    data, noise = model.laplacian_pyramid(x1, config.K), model.laplacian_pyramid(x0, config.K)
     states, velocities = [], []
     for j in range(k, config.K):
         start = config.times[j + 1]
         state, velocity = model.state_and_velocity(data[j], noise[j], t, start)
         states.append(state)
         velocities.append(velocity)
-    return reconstruct(states), reconstruct(velocities)
+    return model.reconstruct(states), model.reconstruct(velocities)
 
 
 FLOWS = dict(pyramidal=pyramidal_flow, edify=edify_flow)
@@ -228,7 +223,7 @@ def join(state, k, x0, config):
     sigma_start, _ = model.sigma(torch.tensor(config.times[k + 1]))
     x = sigma_start * x0[k]
     if state:
-        x = x + up(state[k + 1])
+        x = x + model.up(state[k + 1])
     return {k: x}
 
 

@@ -121,7 +121,7 @@ if __name__ == '__main__':
     depth = 4
     heads = 4
     num_samples = 2000      # to be judged
-    extra = ''              # more settings of train.py for all, with spaces between them; not the batch size
+    extra = ''              # more settings of train.py for all, with spaces between them; none that changes the FLOPs
     workers = 1             # runs at a time, each on its share of the cores
     out_dir = 'out-compare'
     configure(globals())
