@@ -3,8 +3,7 @@
     python tests/variants.py mask=none train.py config/digits.py --out_dir=out-none
     python tests/variants.py mask=none sample.py --ckpt out-none/ckpt.pt
     python tests/variants.py schedule=gvp,shared=ffn+mod train.py config/digits.py --out_dir=out-gvp
-    torchrun --nproc_per_node=8 tests/variants.py flow=edify train.py config/celebahq256.py \\
-        --out_dir=out-edify
+    torchrun --nproc_per_node=8 tests/variants.py flow=edify train.py config/celebahq256.py ...
 
     mask            none, self: Table 2c
     schedule        gvp, quadratic, cubic: Table 2f and Appendix D
@@ -19,8 +18,9 @@ there. A checkpoint records its variant. LapFlow's own scripts refuse it, and so
 another variant.
 
 To write another mask or sigma: a function and its entry in ATTENTION or SIGMA. Another key, such as
-up=bilinear, also needs an entry in VALUES and a line in `apply`. What a variant may replace is
-called as model.NAME here. In a packed batch only the first B_k images have scale k, so that a
+up=bilinear, also needs an entry in VALUES and a line in `apply`. In your functions write model.up,
+because an imported `up` would stay LapFlow's. If two keys replace the same name, let check_variant
+refuse the pair, as for flow. In a packed batch only the first B_k images have scale k, so that a
 coarse scale has more images than a finer one: full_attention shows what that means for a mask.
 """
 import math

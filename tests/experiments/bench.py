@@ -282,7 +282,7 @@ def engine(width, depth, heads, patch, size, T, batch_size, repeats, device, com
 
 def packed_flops(config, B):
     """Forward FLOPs of a packed batch of B images, for what is in model, by torch's counter."""
-    stage = packed_stages(B, config.K)
+    stage = model.packed_stages(B, config.K)
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
         images, t, y = torch.empty(B, config.channels, config.size, config.size), torch.empty(B), stage.to('meta')
         x_t, _ = model.states_and_velocities(images, images, t, stage, config)
