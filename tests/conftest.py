@@ -254,6 +254,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: 'rehearsal' not in item.name)       # the longest comes first
+    if 'PYTEST_XDIST_WORKER' in os.environ:     # the longest comes first, others run beside it
+        items.sort(key=lambda item: 'rehearsal' not in item.name)
     if 'soak' not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker('soak')]

@@ -228,7 +228,7 @@ def test_a_process_takes_the_accelerator_and_of_many_gpus_its_own(monkeypatch):
             launch(device)
 
 
-def test_torchruns_processes_join_a_group_even_if_there_is_one(monkeypatch):
+def test_torchruns_processes_join_a_group_even_if_one_is_alone(monkeypatch):
     monkeypatch.setenv('RANK', '1')     # without a world it means nothing
     assert launch('cpu') == ('cpu', 0, 1) and not dist.is_initialized()
     world = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')

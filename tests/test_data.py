@@ -480,11 +480,6 @@ def test_labels_are_integers_of_any_width(dtype):
     assert y.dtype == torch.int64
 
 
-def test_a_dataset_may_have_no_classes():
-    write_dataset('x', labels=LABELS * 0, classes=[])
-    assert Dataset('x').n_train == 6
-
-
 # -------------------------------------------------------------------------------------------------
 # What training sees
 

@@ -160,6 +160,9 @@ def test_the_lines_for_a_python_shell_train_and_draw(example):
     assert found['x'].shape == (20, 1, 32, 32) and os.path.exists('shell.png')
 
 
+# The next three are of config/README.md, More modifications
+
+
 def test_inpainting_keeps_the_blocks_that_are_known_and_draws_the_rest(example):
     found = example('Inpainter')
     image, noise = found['image'], found['noise']

@@ -141,7 +141,7 @@ def test_times_are_uniform_from_the_start_of_the_stage():
     ((0.6, 0.25), (1, 2, 2)),
     ((), (0, 0, 0))))
 def test_a_packed_batch_holds_what_algorithm_1_makes_of_each_image(T, stages):
-    """Alg. 1, lines 5, 7 and 8, for one image after the other. If stages are drawn, some are empty.
+    """Alg. 1, lines 5, 7 and 8, image after image. A fork that draws stages has empty ones.
 
     Image i has the scales k >= s, and is the i-th image of each. The finest scale comes first.
     Without T there is one scale: that is plain flow matching.

@@ -354,9 +354,10 @@ def test_parameters_of_L2(T, millions):
 def test_the_causal_mask_saves_what_the_design_promises(size, T, attention, whole):
     """README's 25% and 46% fewer FLOPs than a single scale's, in two blocks of DiT-L/2.
 
-    On paper attention has 22/32 and 379/768, as in test_attention_costs_appendix_C, and all else,
-    in proportion to tokens, 3/4 and 9/16: so the whole lies between. The token of t makes a
-    difference of up to 0.0015. trajectory_average returns the whole, then attention.
+    torch counts them in a forward pass of each segment (trajectory_average: whole, attention). On
+    paper attention has 1/2 x 1/16 + 1/2 x (1/16 + 5/4), and 379/768 as in
+    test_attention_costs_appendix_C; all else, in proportion to tokens, 3/4 and 9/16, so that the
+    whole lies between. The token of t makes a difference of up to 0.0015.
     """
     ours = trajectory_average(LapFlowConfig(size=size, T=T, depth=2))
     single = trajectory_average(LapFlowConfig(size=size, T=(), depth=2))

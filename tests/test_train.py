@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch.testing import assert_close
 
@@ -50,7 +51,7 @@ def latents(tmp_path_factory, vae_folder):
 def stepped(latents, workplace):
     """Three iterations: what train.py has defined, and the checkpoint after each."""
     names = {}
-    settings = ('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3', '--label_drop=0.5',
+    settings = ('--T=0.67,0.33', '--patch=2', '--loss_weights=1,2,3', '--label_drop=0.2',
                 '--weight_decay=0.1', '--beta1=0.8', '--beta2=0.9', '--grad_clip=0.5',
                 '--ema_decay=0.2', '--max_iters=3', '--snapshot_interval=1', '--eval_images=8')
     message = run_in(workplace, 'train.py', *TINY, *settings, f'--dataset={latents}',
@@ -150,9 +151,9 @@ def test_random_draws_depend_on_seed_and_iteration_alone(stepped, monkeypatch):
     assert abs(normal.mean()) < 5 / math.sqrt(2 * n)
     assert abs(normal.var() - 1) < 5 * math.sqrt(2 / (2 * n))
     assert abs(normal.prod(0).mean()) < 5 / math.sqrt(n)        # the two are independent
-    assert abs(first['uniform'].mean() - 0.5) < 5 / math.sqrt(12 * 2000)
-    for name in ('drop', 'flip'):
-        assert abs(sum(first[name]) - 1000) < 5 * math.sqrt(2000 / 4)
+    assert scipy.stats.kstest(first['uniform'], 'uniform').pvalue > 1e-5
+    for name, p in dict(drop=0.2, flip=0.5).items():
+        assert abs(sum(first[name]) - 2000 * p) < 5 * math.sqrt(2000 * p * (1 - p))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -195,7 +196,10 @@ torch.nn.Module.compile = _announce
 
 @pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
 def test_compiled_blocks_in_two_processes_train_the_same_weights(workplace, trained, tmp_path):
-    """The config file, which is run, announces what is compiled: two blocks, by process 0 alone."""
+    """The config file, which is run, announces what is compiled: the two blocks of process 0.
+
+    Process 1 compiles, too, but its output is silenced.
+    """
     (tmp_path / 'announce.py').write_text(ANNOUNCE)
     printed = finish(*start_two(workplace, 'train.py', *TINY, f'{tmp_path}/announce.py',
                                 '--compile=True', '--out_dir=out-compiled'))
@@ -402,8 +406,9 @@ def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop
                                                           during):
     """Unless it is that of the last iteration alone, which may be chance: else all would be lost.
 
-    The loss is not finite in `iterations`. Evaluations are after 3 and 6, and a SIGTERM, if any,
-    comes in iteration `stop`. Then the files hold iterations `held`.
+    A loss of NaN may mean that the weights are broken. Only where the run ends, at 6 or by the
+    SIGTERM that comes in iteration `stop`, is it saved after one such loss. The loss is not finite
+    in `iterations`; evaluations are after 3 and 6; `held` are those that are saved.
     """
     spoil('loss', iterations)
     if stop:
@@ -476,7 +481,10 @@ def test_the_papers_configs_train_and_draw(config, latents, run, tmp_path):
 
 
 def test_the_digits_config_learns(run, tmp_path):
-    """A velocity that ignores the state has errors of 0.97 and 0.76 at best."""
+    """The best velocity that ignores state and label is the mean over images at each pixel.
+
+    Its errors on these digits, computed once, are 0.97 and 0.76.
+    """
     args = '--width=32', '--depth=2', '--heads=2', '--batch_size=32', '--device=cpu'
     assert run('train.py', 'config/digits.py', *args, '--max_iters=60', '--warmup_iters=10',
                '--sample_images=10', f'--out_dir={tmp_path}')[1] == ''

@@ -71,7 +71,10 @@ ramp = (t - 0.25) / 0.75
     ('schedule=cubic', ramp, (1 - t) ** 3)))
 def test_a_schedule_is_the_papers_formulas_and_their_derivatives(variant, alpha, sigma, use,
                                                                 float64):
-    """Eq. (4a), LapFlow's own, Eq. (4b) and Appendix D, of a scale that starts at 0.25."""
+    """Eq. (4a), LapFlow's own, Eq. (4b) and Appendix D, of a scale that starts at 0.25.
+
+    One pixel is data and one is noise: they show alpha and sigma.
+    """
     use(variant)
 
     def state(t):
@@ -128,7 +131,10 @@ def pyramidal(x1, x0, t, k):
 
 
 def edify(x1, x0, t, k):
-    """Eq. (14). mu is the image of scale k, to which each residual comes at its own time."""
+    """Eq. (14). mu is the image of scale k, to which each residual comes at its own time.
+
+    The paper does not define it: config/README.md, Departures.
+    """
     mu = t * avg_pool2d(x1, 4)
     for j in range(1, k - 1, -1):
         x = avg_pool2d(x1, 2 ** j)
