@@ -5,7 +5,7 @@ patch = 4
 width = 128
 depth = 3
 heads = 4
-T = (0.5,)
+T = (0.4,)             # the paper has 0.5 at 256 x 256
 
 batch_size = 64
 max_iters = 1500

@@ -263,7 +263,7 @@ def test_an_ema_that_is_new_in_a_resumed_run_starts_at_the_weights(trained, trai
 @pytest.mark.parametrize('part, key, value, words', (
     ('model_args', 'width', 64, 'width is 64 there and 32 here'),
     ('model_args', 'patch', None, 'patch is 2 there and 4 here'),
-    ('model_args', 'T', None, ''),
+    ('model_args', 'size', None, ''),
     ('data', 'heldout', 7, 'heldout is 7 there and 60 here'),
     ('data', 'classes', list('abcdefghij'), "classes is ['a', "),
     ('data', 'count', None, ''), ('data', 'source', 'moved', ''), ('data', 'vae', 'moved', '')))
@@ -483,10 +483,10 @@ def test_the_papers_configs_train_and_draw(config, latents, run, tmp_path):
 def test_the_digits_config_learns(run, tmp_path):
     """The best velocity that ignores state and label is the mean over images at each pixel.
 
-    Its errors on these digits, computed once, are 0.97 and 0.76.
+    Its errors on 8,000 digits, with T = 0.4, were 0.88 and 0.50.
     """
     args = '--width=32', '--depth=2', '--heads=2', '--batch_size=32', '--device=cpu'
     assert run('train.py', 'config/digits.py', *args, '--max_iters=60', '--warmup_iters=10',
                '--sample_images=10', f'--out_dir={tmp_path}')[1] == ''
     last = rows_of(tmp_path)[-1]
-    assert float(last[-2]) < 0.7 and float(last[-1]) < 0.5
+    assert float(last[-2]) < 0.7 and float(last[-1]) < 0.45
