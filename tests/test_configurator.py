@@ -109,7 +109,7 @@ def test_numbers_that_cannot_be_are_refused(key, value, tmp_path):
 @pytest.mark.parametrize('script', ('train.py', 'sample.py', 'data.py', 'fid.py'))
 def test_help_says_what_a_script_does_and_lists_its_settings_of_which_none_is_dead(script, run):
     """With the values that the command line gives them. They are what is assigned above the call
-    of configure, and each is read below it.
+    of configure, and each is read below it. Only train.py's are not under `if __name__ == ...`.
     """
     tree = ast.parse(Path(ROOT, script).read_text())
     doc, block = ast.get_docstring(tree, clean=False), tree.body

@@ -176,6 +176,7 @@ def test_inpainting_keeps_the_blocks_that_are_known_and_draws_the_rest(example):
 
 
 def test_the_coarse_noise_alone_makes_the_coarse_image(example, ends):
+    """The example draws 4 coarse noises with 10 fine ones each."""
     found = example('details.png')
     assert torch.equal(reconstruct(list(ends[-1].values())), found['x'])
     fine, coarse = (scale.unflatten(0, (4, 10)) for scale in ends[-1].values())

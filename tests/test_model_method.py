@@ -63,11 +63,12 @@ def residual_covariance(n):
 
 
 def test_the_noise_of_a_pyramid_has_the_covariance_of_appendix_F2():
-    """In a 2 x 2 patch of scale k it is 3/4^(k+1) times 1 on the diagonal and -1/3 off it.
+    """In a 2 x 2 patch of residual k it is 3/4^(k+1) times 1 on the diagonal and -1/3 off it.
 
-    (F.2 counts k from 1, and prints -1 off it, which cannot be: config/README.md, Departures.)
-    Scales are independent. Unit vectors in the place of noise show the covariance exactly. The
-    roots of its diagonal are the standard deviations 0.87, 0.43 and 0.25.
+    The coarsest of K scales is white: 1/4^(K-1). (F.2 counts k from 1, and prints -1 off the
+    diagonal, which cannot be: config/README.md, Departures.) Scales are independent. Unit vectors
+    in the place of noise show the covariance exactly. The roots of its diagonal are the standard
+    deviations 0.87, 0.43 and 0.25.
     """
     unit = torch.eye(64).view(64, 1, 8, 8)
     pyramid = laplacian_pyramid(unit, 3)

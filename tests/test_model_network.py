@@ -343,6 +343,7 @@ def count_parameters(config):
 
 @pytest.mark.parametrize('T, millions', (((), 457), ((0.5,), 912), ((0.67, 0.33), 1368)))
 def test_parameters_of_L2(T, millions):
+    """Table 1 prints fewer: config/README.md, Which parameters belong to a scale?"""
     count = count_parameters(LapFlowConfig(T=T))
     assert count == parameters_of_L2(T)
     assert round(count / 1e6) == millions

@@ -136,7 +136,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(train, tmp_path):
 
 
 def test_random_draws_depend_on_seed_and_iteration_alone(stepped, monkeypatch):
-    """And follow their laws, within 5 standard errors, which 1 seed in 200,000 would miss."""
+    """And follow their laws: 1 seed in 70,000 would miss a bound, of 5 standard errors."""
     draw = stepped[0]['random_draws']
     first, again = draw(2000, 0, 5), draw(2000, 0, 5)
     others = [draw(2000, 0, 6), draw(2000, 1)]

@@ -95,6 +95,7 @@ def test_a_schedule_is_the_papers_formulas_and_their_derivatives(variant, alpha,
     ((0.67, 0.33), 'ffn+mod+proj', 612),
     ((0.67, 0.33), 'ffn+mod+proj+qkv', 461)))
 def test_shared_layers_count_once(T, shared, millions, use):
+    """(Table 1's 612 M is of two scales, and with a VAE: config/README.md, Departures.)"""
     variant = f'shared={shared}'
     use(variant)
     config = model.LapFlowConfig(T=T, variant=variant)
