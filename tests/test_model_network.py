@@ -322,11 +322,8 @@ def parameters_of_L2(T, shared=()):
     """By hand: D is 1024, the depth 24. Of a block's layers each scale has its own, or all one."""
     D, K, block = 1024, len(T) + 1, 0
     for name, inputs, outputs in (
-            ('mod', D, 6 * D),
-            ('qkv', D, 3 * D),
-            ('proj', D, D),
-            ('ffn', D, 4 * D),
-            ('ffn', 4 * D, D)):
+            ('mod', D, 6 * D), ('qkv', D, 3 * D), ('proj', D, D),
+            ('ffn', D, 4 * D), ('ffn', 4 * D, D)):
         copies = 1 if name in shared else K
         block += copies * (inputs + 1) * outputs
     patch_embed = (16 + 1) * D

@@ -422,16 +422,18 @@ def test_a_loss_that_is_not_finite_replaces_no_checkpoint(iterations, held, stop
 # How a run begins, and that it learns
 
 
-def test_a_run_begins_with_the_weights_that_fit_of_another(trained, train, tmp_path):
-    """Those of its EMA. With other patches the rest is new, and named.
+def test_a_run_begins_with_the_weights_that_fit_of_another(trained, latents, train, tmp_path):
+    """Those of its EMA. With other channels and classes the rest is new, and named.
 
     Of each of the two scales that is a weight of the input, and weight and bias of the output.
+    And there are the labels.
     """
-    printed = train(f'--init_from={trained}/ckpt.pt', '--patch=8', '--max_iters=1',
+    printed = train(f'--init_from={trained}/ckpt.pt', f'--dataset={latents}', '--max_iters=1',
                     '--learning_rate=0', '--min_lr=0')
+    assert '2 scales, the finest of 16, 30 images, 1 process(es) on cpu, float32' in printed
     old, own = load(trained)['ema'], load(tmp_path)['model']
     new = [name for name in own if own[name].shape != old[name].shape]
-    assert len(new) == 6 and f'these are new: {new}' in printed
+    assert len(new) == 7 and f'these are new: {new}' in printed
     for name in own.keys() - new:
         assert torch.equal(own[name], old[name])
 
