@@ -58,8 +58,7 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
         options = {}
 
     def ode(t, x):
-        # The trial from which dopri5 guesses its first step may lie beyond the end
-        v = velocity(dict(zip(state, x)), t.clamp(start, end))
+        v = velocity(dict(zip(state, x)), t.clamp(start, end))  # dopri5 may try one beyond
         if not all(v_k.isfinite().all() for v_k in v.values()):
             raise FloatingPointError(f'the velocity at t = {t:.3f} is not finite')
         return tuple(v.values())
@@ -179,7 +178,8 @@ if __name__ == '__main__':
     meta, trained = checkpoint['data'], checkpoint['config']
     method, steps, tol, cfg = trained['method'], trained['steps'], trained['tol'], trained['cfg']
     configure(globals())    # again, so that the command line wins over the checkpoint
-    check(min(num_samples, batch_size, steps) > 0, 'num_samples, batch_size, steps: at least 1')
+    check(min(num_samples, batch_size, steps) > 0,
+          'num_samples, batch_size and steps must be at least 1')
     device, rank, world = launch(device)
     autocast, dtype = autocast_for(device, dtype)
     model = load_model(checkpoint, device)

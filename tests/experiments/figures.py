@@ -11,7 +11,7 @@ packed.png      a packed batch (`packed_stages`) beside a padded one
 trajectory.png  a sample of any checkpoint through time, by Euler steps; trajectory.gif, which moves, has all of them
 digits.png      100 guided digits, as in samples.png
 curve.png       the loss of a checkpoint's log.csv
-details.png     README's "Ten details for one composition", and where the details differ
+details.png     config/README's "Ten details for one composition", and where the details differ
 distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
 clothes.png     real pictures above those of --fashion; needs data/fashion
