@@ -110,9 +110,9 @@ FIGURES = 'pyramid,timeline,attention,packed,trajectory,digits,curve,details,dis
      ['| euler, 2 | 2 |', '| midpoint, 4 | 8 |']),
     (f'figures.py {CKPT} --out=figures --only={FIGURES}', FIGURES.split(','))))
 def test_each_tool_prints_what_it_is_for(command, words, workplace, trained):
-    """The samples that are judged are training images themselves."""
+    """The samples that are judged are training images themselves, all of them threes."""
     data = Dataset(f'{workplace}/data/digits')
-    np.savez(workplace / 'real.npz', data.array[:60], data.labels[:60])
+    np.savez(workplace / 'real.npz', data.array[3:300:10], data.labels[3:300:10])
     printed = tool(workplace, *command.split())
     assert [word for word in words if word not in printed] == []
 
