@@ -94,7 +94,7 @@ def stage_times(stage, uniform, config):
     """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s and draws from U[0, 1], all (B,)."""
     t = uniform
     for s, start in enumerate(config.times[1:]):
-        # Not times[stage + 1]: that tensor would be copied to the GPU in each step
+        # One scale at a time: a tensor of all starts would be copied to the GPU in each step
         t = torch.where(stage == s, start + (1 - start) * uniform, t)
     return t
 
@@ -120,7 +120,7 @@ def states_and_velocities(x1, x0, t, stage, config):
 def multiscale_loss(v, u, weights, B):
     """Eq. (7), averaged over all B images of a batch, and each image's errors, {k: (B_k,)}.
 
-    An error is a mean over pixels. v are velocities, u targets, and weights[k] is w_k.
+    An error is a mean over pixels and channels. v are velocities, u targets, and weights[k] is w_k.
     """
     errors = {k: (v[k] - u[k]).square().flatten(1).mean(1) for k in u}
     loss = sum((weights[k] * errors[k]).sum() for k in u) / B

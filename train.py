@@ -84,7 +84,7 @@ check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = autocast_for(device, dtype)   # weights, optimizer and EMA are float32
-# It rules CPUs, too, whose flash attention has a slow backward pass in bfloat16
+# This rules CPUs, too, whose flash attention has a slow backward pass in bfloat16
 torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
 size, channels = data.meta['size'], data.meta['channels']

@@ -19,7 +19,8 @@ another variant.
 
 To write another mask or sigma: a function and its entry in ATTENTION or SIGMA. Another key, such as
 up=bilinear, also needs an entry in VALUES and a line in `apply`. In your functions write model.up,
-because an imported `up` would stay LapFlow's. If two keys replace the same name, let check_variant
+because an imported `up` would stay LapFlow's. Only a function that calls the one which it replaces
+must import that by name, as `from model import up as nearest_up`, or it calls itself. If two keys replace the same name, let check_variant
 refuse the pair, as for flow. In a packed batch only the first B_k images have scale k, so that a
 coarse scale has more images than a finer one: full_attention shows what that means for a mask.
 """
