@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py config/celebahq256.py
 
 Writes ckpt.pt, log.csv and samples.png to out_dir. All random numbers of an iteration depend on
-(seed, iteration) alone. They are drawn for the whole batch, of which each process and micro-batch
-takes every n-th image: so how many there are changes only rounding. CPUs and GPUs draw differently.
+(seed, iteration) alone. They are drawn for the whole batch, of which each of n parts (processes,
+micro-batches) takes every n-th image: so n changes only rounding. CPUs and GPUs draw differently.
 """
 import copy
 import gc
@@ -84,7 +84,7 @@ check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = autocast_for(device, dtype)   # weights, optimizer and EMA are float32
-# This rules CPUs, too, whose flash attention has a slow backward pass in bfloat16
+# Acts on CPUs, too: their flash attention has a slow backward pass in bfloat16
 torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
 size, channels = data.meta['size'], data.meta['channels']

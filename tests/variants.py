@@ -18,11 +18,15 @@ there. A checkpoint records its variant. LapFlow's own scripts refuse it, and so
 another variant.
 
 To write another mask or sigma: a function and its entry in ATTENTION or SIGMA. Another key, such as
-up=bilinear, also needs an entry in VALUES and a line in `apply`. In your functions write model.up,
-because an imported `up` would stay LapFlow's. Only a function that calls the one which it replaces
-must import that by name, as `from model import up as nearest_up`, or it calls itself. If two keys replace the same name, let check_variant
-refuse the pair, as for flow. In a packed batch only the first B_k images have scale k, so that a
-coarse scale has more images than a finer one: full_attention shows what that means for a mask.
+up=bilinear, also needs an entry in VALUES and a line in `apply`. (With another Up the scales of the
+noise are no longer independent, so that `join` only approximates the states of training.)
+
+- In your functions write model.up, because an imported `up` would stay LapFlow's.
+- Only a function that calls the one that it replaces must import it by name, or it calls itself:
+  from model import up as nearest_up.
+- If two keys replace the same name, let check_variant refuse the pair, as for flow.
+- In a packed batch only the first B_k images have scale k, so that a coarse scale has more images
+  than a finer one: full_attention shows what that means for a mask.
 """
 import math
 import os

@@ -285,37 +285,39 @@ def details():
     save(figure, 'details')
 
 
-def finish(axes, xlabel, x_ticks, y_ticks, title):
-    """Labels, ticks and legend of a plot of Frechet distances over a log axis; x_ticks maps places to labels."""
+def finish(axes, xlabel, x_ticks, y_ticks):
+    """Labels and ticks of a plot of Frechet distances over a log axis; x_ticks maps places to labels."""
     axes.set(xscale='log', xlabel=xlabel, ylabel='Fréchet distance, lower is better')
     axes.set_xticks([*x_ticks], x_ticks.values())
     axes.set_yticks(y_ticks, y_ticks)
     axes.minorticks_off()
     axes.grid(axis='y', color=PALE)
-    axes.legend(title=title, alignment='left')
 
 
 def distance():
     styles = {'lapflow': ('LapFlow, 2 scales', RED, 'o-'), 'three scales': ('LapFlow, 3 scales', RED, '^--'),
               'image tokens': ('LapFlow, image tokens', VIOLET, 'o-'), 'single scale': ('single scale', DARK, 's-'),
               'pyramidal': ('Pyramidal Flow', GREY, 'D-'), 'edify': ('EdifyImage', TEAL, 'v-')}
-    runs = [json.loads(file.read_text()) for file in sorted((RESULTS / 'fashion').glob('*.json'))]
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.3))
-    for i, (system, (label, colour, style)) in enumerate(styles.items()):
-        rows = [row for run in runs if run['system'] == system for row in run['rows']]
-        points = sorted({row['point'] for row in rows})
-        of_points = [[row for row in rows if row['point'] == point] for point in points]
-        x = [of_point[0]['flops'] / 1e12 * 1.006 ** (i - 2.5) for of_point in of_points]    # apart, for the bars
-        y = [np.mean([row['frechet'] for row in of_point]) for of_point in of_points]
-        bars = [np.std([row['frechet'] for row in of_point], ddof=1) if len(of_point) > 1 else np.nan
-                for of_point in of_points]
-        axes.plot(x, y, style, color=colour, label=label)
-        axes.errorbar(x, y, bars, color=colour, fmt='none', capsize=4)
-    axes.set(yscale='log')
-    ticks = {row['flops'] / 1e12: f'{row["flops"] / 1e12:.0f}\n{row["point"]:,}'
-             for run in runs if run['system'] == 'lapflow' for row in run['rows']}
-    finish(axes, "training, TFLOPs; below, LapFlow's iterations", ticks, (50, 70, 100, 150, 200, 300),
-           '500 and 1,000: three seeds, with\ntheir deviation; later: seed 0')
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.6), sharey=True)
+    grids = (('fashion', 'patch 4: 8 × 8 and 4 × 4 tokens'), ('fashion-patch2', 'patch 2: 16 × 16 and 8 × 8 tokens'))
+    for axes, (folder, title) in zip(panels, grids):
+        runs = [json.loads(file.read_text()) for file in sorted((RESULTS / folder).glob('*.json'))]
+        for i, (system, (label, colour, style)) in enumerate(styles.items()):
+            rows = [row for run in runs if run['system'] == system for row in run['rows']]
+            points = sorted({row['point'] for row in rows})
+            of_points = [[row for row in rows if row['point'] == point] for point in points]
+            x = [of_point[0]['flops'] / 1e12 * 1.006 ** (i - 2.5) for of_point in of_points]    # apart, for the bars
+            y = [np.mean([row['frechet'] for row in of_point]) for of_point in of_points]
+            bars = [np.std([row['frechet'] for row in of_point], ddof=1) if len(of_point) > 1 else np.nan
+                    for of_point in of_points]
+            axes.plot(x, y, style, color=colour, label=label)
+            axes.errorbar(x, y, bars, color=colour, fmt='none', capsize=4)
+        axes.set(yscale='log', xlim=(7, 360), title=title)
+        ticks = {row['flops'] / 1e12: f'{row["flops"] / 1e12:.0f}\n{row["point"]:,}'
+                 for run in runs if run['system'] == 'lapflow' for row in run['rows']}
+        finish(axes, "training, TFLOPs; below, LapFlow's iterations", ticks, (50, 70, 100, 150, 200, 300, 400))
+        axes.label_outer()
+    panels[0].legend(alignment='left', fontsize=9)
     save(figure, 'distance')
 
 
@@ -354,8 +356,8 @@ def solvers():
     distances = [row['frechet'] for row in rows]
     ticks = range(5 * int(min(distances) // 5), int(max(distances)) + 5, 5)
     axes.set(xlim=(4.3, 400), ylim=(min(ticks), max(distances) + 2))
-    finish(axes, 'evaluations of the model (NFE)', {x: x for x in (5, 10, 20, 40, 80, 160, 320)}, ticks,
-           'one network, 1,000 samples')
+    finish(axes, 'evaluations of the model (NFE)', {x: x for x in (5, 10, 20, 40, 80, 160, 320)}, ticks)
+    axes.legend(title='one network, 1,000 samples', alignment='left')
     save(figure, 'solvers')
 
 
