@@ -94,7 +94,7 @@ def stage_times(stage, uniform, config):
     """Alg. 1, line 6: t ~ U[T_{s+1}, 1] from stages s and draws from U[0, 1], all (B,)."""
     t = uniform
     for s, start in enumerate(config.times[1:]):
-        # One scale at a time: a tensor of all starts would be copied to the GPU in each step
+        # Not indexed by stage: a tensor of all starts would be copied to the GPU in each step
         t = torch.where(stage == s, start + (1 - start) * uniform, t)
     return t
 

@@ -12,18 +12,17 @@
     flow            pyramidal (with shared=qkv+proj+ffn+mod) and edify: the baselines of Table 1
 
 The first word is the variant, the rest a script with its arguments. `apply` puts functions and
-classes in place of those in module model. A fork would write them into model.py. Nothing else has
-to change, because train.py and sample.py take pyramid, paths, stages, loss, network and `join` from
-there. A checkpoint records its variant. LapFlow's own scripts refuse it, and so does this one under
-another variant.
+classes in place of those in module model. Nothing else has to change, because train.py and
+sample.py take pyramid, paths, stages, loss, network and `join` from model. A checkpoint records its
+variant. LapFlow's own scripts refuse it, and so does this one under another variant.
 
 To write another mask or sigma: a function and its entry in ATTENTION or SIGMA. Another key, such as
 up=bilinear, also needs an entry in VALUES and a line in `apply`. (With another Up the scales of the
 noise are no longer independent, so that `join` only approximates the states of training.)
 
 - In your functions write model.up, because an imported `up` would stay LapFlow's.
-- Only a function that calls the one that it replaces must import it by name, or it calls itself:
-  from model import up as nearest_up.
+- But if your function calls the one that it replaces, import that one by name, or yours calls
+  itself: from model import up as nearest_up.
 - If two keys replace the same name, let check_variant refuse the pair, as for flow.
 - In a packed batch only the first B_k images have scale k, so that a coarse scale has more images
   than a finer one: full_attention shows what that means for a mask.
