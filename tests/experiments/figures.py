@@ -296,7 +296,7 @@ def finish(axes, xlabel, x_ticks, y_ticks):
 
 def distance():
     styles = {'lapflow': ('LapFlow, 2 scales', RED, 'o-'), 'three scales': ('LapFlow, 3 scales', RED, '^--'),
-              'image tokens': ('LapFlow, image tokens', VIOLET, 'o-'), 'single scale': ('single scale', DARK, 's-'),
+              'image tokens': ('LapFlow, image tokens', VIOLET, 'o-'), 'single scale': ('LFM, single scale', DARK, 's-'),
               'pyramidal': ('Pyramidal Flow', GREY, 'D-'), 'edify': ('EdifyImage', TEAL, 'v-')}
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.6), sharey=True)
     grids = (('fashion', 'patch 4: 8 × 8 and 4 × 4 tokens'), ('fashion-patch2', 'patch 2: 16 × 16 and 8 × 8 tokens'))
