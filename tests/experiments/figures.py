@@ -12,7 +12,7 @@ trajectory.png  a sample of any checkpoint through time, by Euler steps; traject
 digits.png      100 guided digits, as in samples.png
 curve.png       the loss of a checkpoint's log.csv
 details.png     config/README's "Ten details for one composition", and where the details differ
-distance.png    Frechet distance against training on Fashion-MNIST, from results/fashion, which compare.py wrote
+distance.png    Frechet distance against training, from results/fashion and fashion-patch2, which compare.py wrote
 solvers.png     Frechet distance against evaluations, from results/solvers.json
 clothes.png     real pictures above those of --fashion; needs data/fashion
 """
