@@ -84,7 +84,7 @@ check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = autocast_for(device, dtype)   # weights, optimizer and EMA are float32
-# Acts on CPUs, too: their flash attention has a slow backward pass in bfloat16
+# Off on CPUs in bfloat16, where its backward pass is slow. (Despite its name it acts there, too)
 torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
 size, channels = data.meta['size'], data.meta['channels']
@@ -293,7 +293,7 @@ while iteration < max_iters and not stop:
     check(in_a_row < 20, f'{in_a_row:.0f} gradients in a row are not finite: is the data bad? '
           'Or try a lower learning_rate, more warmup_iters or dtype=float32')
     if rank == 0 and (evaluating or stop):      # save before what may fail
-        # Weights that have diverged must not replace good ones. One bad gradient may be chance
+        # Diverged weights must not replace good ones, but one bad gradient at the end may be chance
         last_chance = (stop or iteration == max_iters) and in_a_row == 1
         if math.isfinite(loss) or last_chance:
             save(ckpt_path)
