@@ -58,7 +58,7 @@ def odeint_scales(velocity, state, start, end, method, steps, tol):
         options = {}
 
     def ode(t, x):
-        v = velocity(dict(zip(state, x)), t.clamp(start, end))  # dopri5's first trial may pass it
+        v = velocity(dict(zip(state, x)), t.clamp(start, end))  # dopri5's first trial may pass end
         if not all(v_k.isfinite().all() for v_k in v.values()):
             raise FloatingPointError(f'the velocity at t = {t:.3f} is not finite')
         return tuple(v.values())

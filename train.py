@@ -84,7 +84,7 @@ check(not compile or shutil.which(os.environ.get('CXX', 'c++')),
 # Data, model, optimizer
 device, rank, world = launch(device)
 autocast, dtype = autocast_for(device, dtype)   # weights, optimizer and EMA are float32
-# Off on CPUs in bfloat16, where its backward pass is slow. (Despite its name it acts there, too)
+# Despite its name it acts on CPUs, too, where flash attention is slow to train in bfloat16
 torch.backends.cuda.enable_flash_sdp(device != 'cpu' or dtype != 'bfloat16')
 data = Dataset(dataset)
 size, channels = data.meta['size'], data.meta['channels']
